@@ -1,0 +1,32 @@
+# make demo   train a small model on the Python standard library's source, then compare NTP, MTP and leap decoding
+# make test   run the tests
+# Both make their own virtual environment in .venv. PYTHON=python3.12 and PIP_FLAGS=... can be given.
+
+PYTHON ?= python3
+PIP_FLAGS ?=
+PY := .venv/bin/python
+RUN := runs/demo
+
+.PHONY: demo test clean
+
+demo: .venv/installed
+	$(PY) data/prepare.py python
+	@if [ -f $(RUN)/checkpoint.pt ]; then $(PY) train.py --resume $(RUN); \
+	else $(PY) train.py --data data/python --out $(RUN) --offsets 1,2,3,4,5,7 \
+		--n-layer 3 --n-head 3 --n-embd 192 --steps 3100; fi
+	$(PY) decode.py $(RUN) --methods 1,2,3,4 1,3,5,7 1,2,3,4,5,7 --trace
+
+test: .venv/installed-test
+	$(PY) -m pytest
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --disable-pip-version-check $(PIP_FLAGS) -e .
+	@touch $@
+
+.venv/installed-test: .venv/installed
+	$(PY) -m pip install --disable-pip-version-check $(PIP_FLAGS) -e '.[test]'
+	@touch $@
+
+clean:
+	rm -rf .venv runs

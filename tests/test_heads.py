@@ -1,0 +1,171 @@
+"""Lesson 2: what an offset is, where a draft comes from, and how several losses share one backward pass."""
+import gc
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from conftest import tiny_gpt, tiny_model
+from heads import HeadsConfig, MultiTokenGPT, draft_sources, joint_loss, leap_offsets, mtp_offsets, parse_offsets
+from model import InputError
+
+
+# Offsets
+
+def test_mtp_predicts_adjacent_tokens():
+    assert mtp_offsets(4) == (1, 2, 3, 4)
+
+
+def test_leap_predicts_tokens_a_stride_apart():
+    assert leap_offsets(4, 2) == (1, 3, 5, 7)
+    assert leap_offsets(3, 3) == (1, 4, 7)
+
+
+def test_mtp_is_leap_with_stride_one():
+    assert all(mtp_offsets(n) == leap_offsets(n, 1) for n in range(1, 9))
+
+
+@pytest.mark.parametrize("bad", ["", "2,3", "1,1", "1,3,2", "1,x", "0,1", "1,-2"])
+def test_offsets_start_with_one_and_increase(bad):
+    with pytest.raises(InputError):
+        parse_offsets(bad)
+
+
+# Draft sources: looking back fills the holes
+
+def test_mtp_drafts_every_distance_from_the_newest_position():
+    assert draft_sources((1, 2, 3, 4)) == {2: (2, 0), 3: (3, 0), 4: (4, 0)}
+
+
+def test_leap_fills_the_holes_by_looking_one_position_back():
+    # After x_t: offset 3 read one token ago is about x_{t-1+3} = x_{t+2}, the hole between offsets 1 and 3.
+    assert draft_sources((1, 3, 5, 7)) == {2: (3, 1), 3: (3, 0), 4: (5, 1), 5: (5, 0), 6: (7, 1), 7: (7, 0)}
+
+
+def test_a_wider_stride_looks_back_further():
+    assert [b for _, b in draft_sources((1, 4, 7)).values()] == [2, 1, 0, 2, 1, 0]
+
+
+@pytest.mark.parametrize("offsets", [(1,), (1, 2), (1, 9), (1, 2, 3, 4, 5, 7), (1, 3, 5, 7, 9), (1, 4, 6)])
+def test_sources_cover_all_distances_with_the_nearest_offset_that_reaches(offsets):
+    sources = draft_sources(offsets)
+    assert list(sources) == list(range(2, offsets[-1] + 1))
+    for j, (o, b) in sources.items():
+        assert o in offsets and o - b == j
+        assert not any(j <= other < o for other in offsets)
+
+
+# Heads
+
+@pytest.mark.parametrize("kind", ["resblock", "block"])
+@pytest.mark.parametrize("own", [False, True])
+def test_an_untrained_head_repeats_the_next_token_prediction(kind, own):
+    model = tiny_model(kind=kind, own=own, untrained=True, n_layer=2)
+    logits = model(torch.randint(0, 31, (2, 12)))
+    assert list(logits) == [1, 2, 3, 4, 5, 7]
+    for o in model.offsets:
+        torch.testing.assert_close(logits[o], logits[1])
+
+
+@pytest.mark.parametrize("kind", ["resblock", "block"])
+def test_adding_heads_does_not_change_what_the_gpt_says(kind):
+    gpt, idx = tiny_gpt(), torch.randint(0, 31, (2, 12))
+    alone = gpt(idx)[0]
+    model = MultiTokenGPT(gpt, HeadsConfig((1, 3, 5), kind))
+    for p in model.heads.parameters():
+        torch.nn.init.normal_(p)
+    assert torch.equal(model(idx)[1], alone)
+
+
+def test_heads_have_weights_of_their_own():
+    model = tiny_model((1, 2, 3), n_layer=3)
+    storages = {p.data_ptr() for p in model.heads.parameters()}
+    assert len(storages) == len(list(model.heads.parameters())) == 2 * 3 * 2   # heads x layers x (weight, bias)
+
+
+def test_offsets_one_alone_is_the_plain_gpt():
+    model = tiny_model((1,))
+    assert len(list(model.parameters())) == len(list(model.gpt.parameters()))
+
+
+def test_an_own_unembedding_starts_as_a_copy_and_is_not_shared():
+    model = tiny_model((1, 2), own=True, untrained=True)
+    copy = model.unembeddings["2"].weight
+    assert torch.equal(copy, model.gpt.lm_head.weight) and copy is not model.gpt.lm_head.weight
+
+
+@pytest.mark.parametrize("bad", [dict(kind="magic"), dict(n_layer=0), dict(offsets=(2, 3))])
+def test_heads_that_cannot_be_are_refused(bad):
+    with pytest.raises(InputError):
+        HeadsConfig(**bad)
+
+
+# The joint loss
+
+def plain_losses(model, idx):
+    """The definition: offset o compares the logits at t with the token at t + o."""
+    return {o: F.cross_entropy(logits[:, :idx.shape[1] - o].flatten(0, 1), idx[:, o:].flatten())
+            for o, logits in model(idx[:, :-1]).items()}
+
+
+def test_the_loss_of_offset_o_compares_position_t_with_token_t_plus_o():
+    model, idx = tiny_model(), torch.randint(0, 31, (3, 20))
+    expected = plain_losses(model, idx)
+    for o, loss in joint_loss(model, idx).items():
+        torch.testing.assert_close(loss, expected[o])
+
+
+def test_a_repeating_text_makes_the_shift_visible():
+    # In 0 1 2 0 1 2 ... a head that says "the same token again" is always right at offset 3 and never at 1 or 2.
+    model = tiny_model((1, 2, 3), untrained=True, vocab_size=3)
+    model.offset_logits = lambda h, o: F.one_hot(seen[:, :h.shape[1]], 3) * 100.0
+    idx = torch.arange(30).repeat(2, 1) % 3
+    seen = idx[:, :-1]
+    losses = joint_loss(model, idx)
+    assert losses[3] < 1e-6 and losses[1] > 50 and losses[2] > 50
+
+
+@pytest.mark.parametrize("kind", ["resblock", "block"])
+@pytest.mark.parametrize("own", [False, True])
+def test_head_by_head_backward_gives_the_gradients_of_the_plain_weighted_sum(kind, own):
+    model = tiny_model(kind=kind, own=own).double()
+    idx, weights = torch.randint(0, 31, (2, 24)), {2: 0.3, 5: 2.0}
+    joint_loss(model, idx, weights, backward=True, scale=0.25)
+    head_by_head = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    sum(0.25 * weights.get(o, 1.0) * loss for o, loss in plain_losses(model, idx).items()).backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(head_by_head[name], p.grad, rtol=1e-10, atol=1e-12, msg=name)
+
+
+class PeakOfLargeTensors(TorchDispatchMode):
+    """Counts how many tensors of at least `size` elements are alive at once."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.size, self.alive, self.peak = size, {}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(t, torch.Tensor) and t.numel() >= self.size:
+                key = t.untyped_storage()._cdata
+                if key not in self.alive:
+                    self.alive[key] = weakref.finalize(t.untyped_storage(), self.alive.pop, key, None)
+                self.peak = max(self.peak, len(self.alive))
+        return out
+
+
+def peak_logits(n_offsets):
+    model = tiny_model(mtp_offsets(n_offsets), vocab_size=5000)
+    idx = torch.randint(0, 5000, (4, 33))
+    gc.collect()
+    with PeakOfLargeTensors(4 * 20 * 5000) as counter:
+        joint_loss(model, idx, backward=True)
+    return counter.peak
+
+
+def test_peak_memory_holds_one_heads_logits_however_many_heads_there_are():
+    assert peak_logits(8) == peak_logits(2) > 0

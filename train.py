@@ -1,0 +1,364 @@
+"""One training loop: a GPT from scratch, alone (offsets 1) or together with multi-token heads.
+
+    python data/prepare.py python
+    python train.py --data data/python --offsets 1,2,3,4 --out runs/mtp
+    python train.py --resume runs/mtp          # after Ctrl-C, a crash or a power cut
+
+The loop is the usual one (batch, loss, clip, step) around heads.joint_loss. What it adds is that a run can be
+stopped anywhere: batches are a function of (seed, step), checkpoints hold all other state and are written atomically,
+so a run that was killed and resumed ends with the same weights, bit for bit on a CPU, as one that was not.
+
+A run folder holds checkpoint.pt and metrics.jsonl (one JSON object per line: training losses and validation results).
+Read: optimizers and schedule, checkpoints, evaluation, the loop, the command line.
+"""
+import argparse
+import json
+import math
+import os
+import signal
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from data.loader import Corpus
+from data.prepare import CorpusError
+from heads import HeadsConfig, MultiTokenGPT, joint_loss, offset_loss, parse_offsets
+from model import GPT, GPTConfig, InputError
+
+
+class Diverged(Exception):
+    """The loss became NaN or infinite."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Optimizers and schedule
+
+def make_optimizers(model, name, lr, weight_decay):
+    """The list of optimizers for `name`.
+
+    "adamw": AdamW for everything, weight decay on matrices only. "muon": Muon (momentum made orthogonal, Jordan et
+    al. 2024) for the matrices inside layers and heads, AdamW for the rest (embeddings, norms, biases); on small models
+    it needs far fewer steps. match_rms_adamw scales its updates so that the same learning rate suits both.
+    """
+    hidden, matrices, vectors = [], [], []
+    for name_, p in model.named_parameters():
+        in_layer = ".h." in name_ or name_.startswith("heads.")
+        (vectors if p.dim() < 2 else hidden if in_layer and name == "muon" else matrices).append(p)
+    optimizers = [torch.optim.AdamW([dict(params=matrices, weight_decay=weight_decay),
+                                     dict(params=vectors, weight_decay=0.0)], lr=lr, betas=(0.9, 0.95))]
+    if hidden:
+        optimizers.append(torch.optim.Muon(hidden, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
+    return optimizers
+
+
+def lr_factor(step, steps, warmup, final):
+    """Learning rate of a step as a share of the highest: linear warm-up from 0, then a cosine down to `final`."""
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+def save_checkpoint(path, model, **state):
+    """Write model and state (step, optimizers, arguments, ...) to `path` so that it is always whole: into a file beside it, to
+    the disk, then renamed. Raises OSError when that fails (a full disk); the previous checkpoint then still stands."""
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    try:
+        with open(part, "wb") as f:
+            torch.save(dict(state, model=model.state_dict(), gpt_config=asdict(model.gpt.config),
+                            heads_config=asdict(model.heads_config)), f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:                                # torch's zip writer raises RuntimeError
+        part.unlink(missing_ok=True)
+        kept = "; the previous one is kept" if path.exists() else ""
+        raise OSError(f"cannot save a checkpoint to {path}{kept}: {str(error).splitlines()[0]}") from None
+
+
+def load_checkpoint(path):
+    """A run folder or a checkpoint file -> (MultiTokenGPT on the CPU, dict with the rest of the state).
+
+    Loads tensors and plain values only, never code. Raises InputError when it is missing, damaged or foreign.
+    """
+    path = Path(path)
+    path = path / "checkpoint.pt" if path.is_dir() else path
+    if not path.is_file():
+        raise InputError(f"no checkpoint at {path}; train one with: python train.py --data data/python --out RUN")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:                                              # zip, pickle and torch errors of all kinds
+        reason = type(error).__name__
+        raise InputError(f"{path} is not a checkpoint of train.py, or it is damaged ({reason})") from None
+    try:
+        model = MultiTokenGPT(GPT(GPTConfig(**state["gpt_config"])), HeadsConfig(**state["heads_config"]))
+        model.load_state_dict(state.pop("model"))
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise InputError(f"{path} is not a checkpoint of this train.py: {str(error).splitlines()[0]}") from None
+    return model, state
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation and speed
+
+@torch.no_grad()
+def evaluate(model, windows, batch_size, autocast=nullcontext):
+    """windows (n, T + 1) of held-out tokens -> {offset: mean nats}, {offset: top-1 accuracy}."""
+    model.eval()
+    batches = windows.split(batch_size)
+    loss, accuracy = ({o: 0.0 for o in model.offsets} for _ in range(2))
+    for idx in batches:
+        idx = idx.to(model.gpt.lm_head.weight.device)
+        with autocast():
+            h = model.gpt.hidden_states(idx[:, :-1])
+            for o in model.offsets:
+                l, a = offset_loss(model, h, idx, o)
+                loss[o] += l.item() * len(idx) / len(windows)
+                accuracy[o] += a.item() * len(idx) / len(windows)
+    model.train()
+    return loss, accuracy
+
+
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "4090": 165e12, "L4": 121e12, "T4": 65e12}  # dense bf16
+
+
+def mfu(model, tokens_per_second, device):
+    """Model FLOPs utilisation: the 6N + 12LCT FLOPs per token that training needs (PaLM, appendix B) over what the
+    GPU's data sheet promises. None on a CPU or an unknown GPU."""
+    peak = next((p for name, p in PEAK_FLOPS.items() if name in torch.cuda.get_device_name()), None) \
+        if device.type == "cuda" else None
+    if peak is None:
+        return None
+    c = model.gpt.config
+    n = sum(p.numel() for p in model.parameters()) + (len(model.offsets) - 1) * model.gpt.lm_head.weight.numel()
+    return tokens_per_second * (6 * n + 12 * c.n_layer * c.n_embd * c.block_size) / peak
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loop
+
+def train(args, model=None, state=None):
+    """Run `args` (see parse_args) to its last step, from a checkpoint's (model, state) or from scratch. -> model.
+
+    Raises InputError and CorpusError for bad input, Diverged when the loss is not finite, OSError when saving fails,
+    KeyboardInterrupt after Ctrl-C (once a checkpoint is saved).
+    """
+    device = torch.device(args.device)
+    corpus = Corpus(args.data)
+    torch.manual_seed(args.seed)
+    if model is None:
+        config = GPTConfig(args.block_size, corpus.vocab_size, args.n_layer, args.n_head, args.n_embd, args.dropout)
+        model = MultiTokenGPT(GPT(config), HeadsConfig(args.offsets, args.head_kind, args.head_layers,
+                                                       args.own_unembedding))
+    model = model.to(device).train()
+    config, T = model.gpt.config, model.gpt.config.block_size
+    windows = corpus.windows("val", args.eval_windows, T + 1)
+    corpus.batch("train", 1, T + 1, step=0)                                 # too small a corpus fails now, not later
+    optimizers = make_optimizers(model, args.optimizer, args.lr, args.weight_decay)
+    weights = {o: args.head_weight for o in model.offsets[1:]}
+    amp = args.dtype == "bfloat16"
+    autocast = (lambda: torch.autocast(device.type, torch.bfloat16)) if amp else nullcontext
+    if args.compile:                                                        # the trunk; heads are a few products each
+        model.gpt.hidden_states = torch.compile(model.gpt.hidden_states)
+
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    metrics = out / "metrics.jsonl"
+    first = 0
+    if state:
+        if state["corpus"] != corpus.meta["train_sha256"]:
+            raise InputError(f"{args.data} is not the corpus that this run was started on; prepare that one again")
+        first = state["step"]
+        for optimizer, saved in zip(optimizers, state["optimizers"]):
+            optimizer.load_state_dict(saved)
+        torch.set_rng_state(state["rng"])
+        if device.type == "cuda" and state["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(state["cuda_rng"], device)
+        lines = metrics.read_text().splitlines() if metrics.exists() else []  # forget what is about to be done again
+        metrics.write_text("".join(l + "\n" for l in lines if l.endswith("}") and json.loads(l)["step"] <= first))
+    else:
+        metrics.write_text("")
+
+    def save(step):
+        save_checkpoint(out / "checkpoint.pt", model, step=step, args=vars(args), corpus=corpus.meta["train_sha256"],
+                        tokenizer=corpus.meta["tokenizer"], optimizers=[o.state_dict() for o in optimizers],
+                        rng=torch.get_rng_state(),
+                        cuda_rng=torch.cuda.get_rng_state(device) if device.type == "cuda" else None)
+
+    def log(**record):
+        with open(metrics, "a") as f:
+            f.write(json.dumps(record) + "\n")
+
+    stop = []                                                               # a signal is obeyed between two steps
+    handlers = {s: signal.signal(s, lambda number, frame: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    n_params = sum(p.numel() for p in model.parameters())
+    print(f"{n_params / 1e6:.2f}M parameters, offsets {model.offsets}, on {device}, {args.dtype}; run folder {out}")
+    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, unit="step", dynamic_ncols=True,
+               disable=None if args.progress else True)
+    tokens, since, seen = args.batch_size * args.accumulate * T, time.perf_counter(), first
+    val = ""
+    try:
+        for step in bar:
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = args.lr * lr_factor(step, args.steps, args.warmup, args.final_lr)
+                optimizer.zero_grad()
+            losses = {o: 0.0 for o in model.offsets}
+            for micro in range(args.accumulate):
+                idx = corpus.batch("train", args.batch_size, T + 1, step * args.accumulate + micro, args.seed)
+                with autocast():
+                    part = joint_loss(model, idx.to(device, non_blocking=True), weights, backward=True,
+                                      scale=1 / args.accumulate)
+                losses = {o: losses[o] + part[o] / args.accumulate for o in part}
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+
+            done, last = step + 1, step + 1 == args.steps
+            look = last or stop or done % args.log_every == 0 or done % args.eval_every == 0
+            if look and not math.isfinite(norm + sum(losses.values())):     # the only wait for the device
+                raise Diverged(f"the loss is not finite at step {done}; lower --lr or raise --warmup. "
+                               + (f"The checkpoint of an earlier step stands: {out / 'checkpoint.pt'}"
+                                  if (out / "checkpoint.pt").exists() else "No checkpoint was saved yet"))
+            for optimizer in optimizers:
+                optimizer.step()
+
+            if look:
+                now = time.perf_counter()
+                speed, since, seen = tokens * (done - seen) / (now - since), now, done
+                losses = {o: round(float(l), 4) for o, l in losses.items()}
+                use = mfu(model, speed, device)
+                log(step=done, loss=losses, grad_norm=round(float(norm), 4), tokens_per_second=round(speed), mfu=use,
+                    lr=args.lr * lr_factor(step, args.steps, args.warmup, args.final_lr))
+                bar.set_postfix_str(" ".join(f"{o}:{l:.2f}" for o, l in losses.items()) + f", {speed / 1e3:.1f}k tok/s"
+                                    + (f", MFU {use:.0%}" if use else "") + val)
+            if done % args.eval_every == 0 or last:
+                loss, accuracy = evaluate(model, windows, args.batch_size, autocast)
+                log(step=done, val_loss=loss, val_accuracy=accuracy)
+                val = f", val {loss[1]:.3f}"
+                since = time.perf_counter()
+            if done % args.eval_every == 0 or last or stop:
+                save(done)
+            if stop:
+                raise KeyboardInterrupt
+    finally:
+        bar.close()
+        for s, handler in handlers.items():
+            signal.signal(s, handler)
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+
+def parse_args(argv=None):
+    """The command line as a namespace."""
+    p = argparse.ArgumentParser(
+        prog="train.py", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Train a GPT from scratch: next-token only (--offsets 1), with MTP heads (1,2,3,4), leap heads "
+                    "(1,3,5,7) or any other offsets. Ctrl-C saves and stops; --resume RUN goes on.")
+    p.add_argument("--data", default="data/python", help="corpus folder made by data/prepare.py")
+    p.add_argument("--out", default="runs/new", help="run folder: checkpoint.pt and metrics.jsonl")
+    p.add_argument("--resume", metavar="RUN", help="continue this run with its own settings; only --device, --compile and --no-progress count")
+    p.add_argument("--overwrite", action="store_true", help="start anew where --out already holds a checkpoint")
+    g = p.add_argument_group("heads")
+    g.add_argument("--offsets", default="1,2,3,4", help="what to predict from each position: 1 is the next token; 1,3,5,7 leaps")
+    g.add_argument("--head-kind", default="resblock", choices=["resblock", "block"], help="residual blocks, or transformer layers")
+    g.add_argument("--head-layers", type=int, default=1, help="layers per head")
+    g.add_argument("--own-unembedding", action="store_true", help="each head trains its own copy of the unembedding")
+    g.add_argument("--head-weight", type=float, default=1.0, help="weight of each head's loss against offset 1's")
+    g = p.add_argument_group("model")
+    g.add_argument("--n-layer", type=int, default=4, help="transformer layers")
+    g.add_argument("--n-head", type=int, default=4, help="attention heads per layer")
+    g.add_argument("--n-embd", type=int, default=128, help="width")
+    g.add_argument("--block-size", type=int, default=256, help="context in tokens")
+    g.add_argument("--dropout", type=float, default=0.0, help="dropout rate")
+    g = p.add_argument_group("optimization")
+    g.add_argument("--steps", type=int, default=2000, help="optimizer steps")
+    g.add_argument("--batch-size", type=int, default=8, help="sequences per forward pass")
+    g.add_argument("--accumulate", type=int, default=1, help="forward passes per optimizer step")
+    g.add_argument("--optimizer", default="muon", choices=["muon", "adamw"], help="muon: Muon for hidden matrices, AdamW for the rest")
+    g.add_argument("--lr", type=float, default=1e-2, help="highest learning rate; about 1e-3 for adamw")
+    g.add_argument("--final-lr", type=float, default=0.0, help="last learning rate as a share of the highest")
+    g.add_argument("--warmup", type=int, default=100, help="steps of linear warm-up")
+    g.add_argument("--weight-decay", type=float, default=0.1, help="on matrices")
+    g.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
+    g.add_argument("--seed", type=int, default=0, help="initial weights, batches and dropout")
+    g = p.add_argument_group("machine")
+    g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    g.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="bfloat16 runs under autocast; auto: bfloat16 on CUDA")
+    g.add_argument("--compile", action="store_true", help="torch.compile the trunk (needs a C++ compiler on a CPU)")
+    g.add_argument("--eval-every", type=int, default=500, help="steps between validations; each also saves a checkpoint")
+    g.add_argument("--eval-windows", type=int, default=64, help="held-out windows per validation")
+    g.add_argument("--log-every", type=int, default=10, help="steps between lines in metrics.jsonl")
+    g.add_argument("--no-progress", dest="progress", action="store_false", help="no progress bar")
+    return p.parse_args(argv)
+
+
+def pick_device(name):
+    """"auto", "cpu", "cuda", "cuda:1", "mps" -> torch.device. Raises InputError when it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError):
+        raise InputError(f"device {name!r} is not available here; try --device cpu") from None
+
+
+def pick_dtype(name, device):
+    """"auto" is bfloat16 where the hardware multiplies in it (CUDA, and CPUs with AVX512-BF16 or AMX), else float32."""
+    if name == "auto":
+        fast = device.type == "cuda" or device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+        name = "bfloat16" if fast else "float32"
+    return name
+
+
+def check_args(args):
+    """Fill in what "auto" means here. Raises InputError for values that cannot be meant."""
+    args.offsets = parse_offsets(args.offsets)
+    args.device = str(pick_device(args.device))
+    args.dtype = pick_dtype(args.dtype, torch.device(args.device))
+    for name in ("steps", "batch_size", "accumulate", "eval_every", "eval_windows", "log_every"):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} must be at least 1")
+    for name in ("lr", "clip"):
+        if not getattr(args, name) > 0:
+            raise InputError(f"--{name} must be positive")
+
+
+def main():
+    args = parse_args()
+    try:
+        model = state = None
+        if args.resume:
+            model, state = load_checkpoint(args.resume)
+            machine = {k: getattr(args, k) for k in ("device", "compile", "progress")}
+            args = argparse.Namespace(**{**state["args"], **machine, "out": args.resume})
+            if state["step"] >= args.steps:
+                return print(f"{args.out} is finished: {state['step']} of {args.steps} steps")
+        else:
+            check_args(args)
+            if (Path(args.out) / "checkpoint.pt").exists() and not args.overwrite:
+                raise InputError(f"{args.out} already holds a run: --resume {args.out}, --overwrite, or another --out")
+        train(args, model, state)
+        print(f"done: python decode.py {args.out}")
+    except (InputError, CorpusError, OSError) as error:
+        print(f"train.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except Diverged as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print(f"stopped; go on with: python train.py --resume {args.out}", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
