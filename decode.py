@@ -30,7 +30,7 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass
-from types import SimpleNamespace
+from types import FunctionType, MethodType, SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -49,7 +49,7 @@ from train import load_checkpoint, pick_device
 def gumbel_noise(seed, row, position, vocab_size):
     """Gumbel(0, 1) noise that is a pure function of (seed, row, position, token).
 
-    seed () int64, row (B, 1) int64, position (B, N) int64 -> (B, N, V) float32. The hash is two rounds of xor-shift and
+    seed int, row (B, 1) int64, position (B, N) int64 -> (B, N, V) float32. The hash is two rounds of xor-shift and
     multiply on 32-bit words held in int64; its multipliers are below 2^31, so no product overflows.
     """
     def mix(x):
@@ -84,7 +84,8 @@ class Generation:
     """What Decoder.generate returns. All lists have one entry per prompt."""
     tokens: list            # the new tokens (without the prompt; a stop token is included)
     distances: list         # of each new token: 1 if the model itself emitted it, j if it was the draft at distance j
-    tokens_per_step: float  # new tokens per row and step; the first token comes from reading the prompt, not a step
+    steps: int              # forward passes after reading the prompts, summed over the rows
+    tokens_per_step: float  # new tokens per row and step, not counting the first, which comes from reading the prompt
     accepted: dict          # {distance j: share of steps in which the draft at distance j was accepted}
     seconds: float          # wall-clock time, reading the prompts included
 
@@ -112,8 +113,7 @@ class Decoder:
         self.config = self.gpt.config
         weight = self.gpt.lm_head.weight
         self.device, self.dtype = weight.device, weight.dtype
-        self.temperature = torch.tensor(float(temperature), device=self.device)
-        self.seed = torch.tensor(int(seed) & 0xFFFFFFFF, device=self.device)
+        self.temperature, self.seed = float(temperature), int(seed) & 0xFFFFFFFF
 
         self.head_offsets = sorted({o for o, _ in self.sources.values()})   # the H heads that are used
         self.heads = [model.heads[str(o)] for o in self.head_offsets]
@@ -130,7 +130,7 @@ class Decoder:
         self.depth = torch.arange(self.N, device=self.device)
         self.slots = self.config.block_size + self.N                        # the last block may reach beyond the context
         self.states = {}
-        self.step = torch.compile(self._step, fullgraph=True, dynamic=False) if compile else self._step
+        self.step = compile_step(self) if compile else self._step
 
     def _state(self, B):
         """All memory of a generation of B rows, allocated once and reused, so that a compiled step finds it again."""
@@ -158,12 +158,11 @@ class Decoder:
 
     def pick(self, logits, row, position):
         """The token that the model emits: logits (B, N, V), row (B, 1), position (B, N) of the token in its text ->
-        (B, N). The Gumbel-max trick: argmax(logits / T + noise) samples softmax(logits / T); written as
-        logits + T * noise it is greedy at T = 0 without a second code path."""
-        logits = logits.float()
-        if self.top_k is not None or self.top_p is not None:
-            logits = filter_logits(logits / self.temperature.clamp(min=1e-6), self.top_k, self.top_p) * self.temperature
-        return (logits + self.temperature * gumbel_noise(self.seed, row, position, logits.shape[-1])).argmax(-1)
+        (B, N). The Gumbel-max trick: argmax(logits / T + noise) is a sample of softmax(logits / T)."""
+        if self.temperature == 0:
+            return logits.argmax(-1)
+        logits = filter_logits(logits.float() / self.temperature, self.top_k, self.top_p)
+        return (logits + gumbel_noise(self.seed, row, position, logits.shape[-1])).argmax(-1)
 
     def _forward(self, s, idx):
         """Read tokens idx (B, n) standing at s.position, s.position + 1, ... -> hidden states (B, n, C) and head
@@ -210,8 +209,8 @@ class Decoder:
         n = torch.where(guess != target, self.depth, self.N).amin(1)        # accepted drafts = place of the first miss
 
         active = s.position < s.limit
-        s.steps += active
-        s.accepted += ((self.depth <= n[:, None]) & active[:, None]).sum(0)
+        s.steps.add_(active)
+        s.accepted.add_(((self.depth <= n[:, None]) & active[:, None]).sum(0))
         s.tokens.scatter_(1, place, target)                                 # beyond the n + 1 good ones: overwritten
         s.distance.scatter_(1, place, torch.where(self.depth < n[:, None], self.depth + 2, 1))
         stopped = torch.where((target == s.stop) & (self.depth <= n[:, None]), place, self.slots).amin(1)
@@ -255,13 +254,21 @@ class Decoder:
         steps, accepted = int(s.steps.sum()), s.accepted.tolist()
         return Generation(
             tokens=[t[a:b] for t, (a, b) in zip(tokens, new)], distances=[d[a:b] for d, (a, b) in zip(distances, new)],
-            tokens_per_step=sum(b - a - 1 for a, b in new) / steps if steps else 1.0,
+            steps=steps, tokens_per_step=sum(b - a - 1 for a, b in new) / steps if steps else 1.0,
             accepted={j: accepted[j - 1] / max(1, steps) for j in self.sources}, seconds=seconds)
 
     def _clock(self):
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
+
+
+def compile_step(decoder):
+    """decoder._step as one compiled program. torch.compile keeps its programs with a function's code and searches
+    them at every call; a copy of the code for each decoder keeps that search short, however many decoders there are."""
+    f = Decoder._step
+    copy_of_step = FunctionType(f.__code__.replace(), f.__globals__, f.__name__)
+    return torch.compile(MethodType(copy_of_step, decoder), fullgraph=True, dynamic=False)
 
 
 def check_sources(sources, offsets):
@@ -358,23 +365,23 @@ def compare(model, methods, prompts, new_tokens, temperatures=(0.0, 1.0), rounds
     Returns (records, generations): a record per temperature and method, with medians over the rounds, and
     generations[temperature][offsets], the list of Generations of the last round.
     """
-    decoders = {m: Decoder(model, m, top_k=top_k, top_p=top_p, seed=seed, dtype=dtype, compile=compile) for m in methods}
     batches = [prompts[i:i + batch_size] for i in range(0, len(prompts), batch_size)]
-    bar = tqdm(total=len(methods) * (1 + rounds * len(temperatures)), unit="run", leave=False,
+    bar = tqdm(total=len(methods) * len(temperatures) * (1 + rounds), unit="run", leave=False,
                disable=None if progress else True)
-    for m, decoder in decoders.items():                                     # not timed: compiles, touches all memory
-        bar.set_description(f"{'compile' if compile else 'warm up'} {method_name(m)}")
-        for size in {len(b) for b in batches}:
-            decoder.generate(batches[0][:1] * size, min(new_tokens, 4 * decoder.N))
-        bar.update()
     records, generations = [], {}
     for temperature in temperatures:
+        decoders = {}
+        for m in methods:                                                   # not timed: compiles, touches all memory
+            bar.set_description(f"{'compile' if compile else 'warm up'} {method_name(m)}, temperature {temperature:g}")
+            decoders[m] = Decoder(model, m, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, dtype=dtype,
+                                  compile=compile)
+            for size in {len(b) for b in batches}:
+                decoders[m].generate(batches[0][:1] * size, min(new_tokens, 4 * decoders[m].N))
+            bar.update()
         speed = {m: [] for m in methods}
         for r in range(rounds):
             last = {m: [] for m in methods}
-            for m, decoder in decoders.items():
-                decoder.temperature.fill_(temperature)
-                bar.set_description(f"temperature {temperature:g} {method_name(m)}")
+            bar.set_description(f"temperature {temperature:g}, round {r + 1}")
             for batch in batches:                                           # all methods take turns at each batch
                 for m, decoder in decoders.items():
                     last[m].append(decoder.generate(batch, new_tokens))
@@ -384,11 +391,12 @@ def compare(model, methods, prompts, new_tokens, temperatures=(0.0, 1.0), rounds
         base = [t for g in last[methods[0]] for t in g.tokens]
         for m, done in last.items():
             speedup = statistics.median(a / b for a, b in zip(speed[m], speed[methods[0]]))
-            per_step = statistics.fmean(g.tokens_per_step for g in done)
+            steps = max(1, sum(g.steps for g in done))
+            per_step = sum(len(t) - 1 for g in done for t in g.tokens) / steps
             records.append(dict(
                 temperature=temperature, method=method_name(m), offsets=m, tokens_per_step=per_step,
                 tokens_per_second=statistics.median(speed[m]), speedup=speedup, efficiency=speedup / per_step,
-                accepted={j: statistics.fmean(g.accepted[j] for g in done) for j in decoders[m].sources},
+                accepted={j: sum(g.accepted[j] * g.steps for g in done) / steps for j in decoders[m].sources},
                 identical=[t for g in done for t in g.tokens] == base))
         generations[temperature] = last
     bar.close()
@@ -407,25 +415,28 @@ def print_table(title, records):
               + " ".join(f"{share:4.0%}" for share in r["accepted"].values()))
 
 
+SHADES = (157, 121, 86, 81, 75, 105, 141, 177)                                # 256-colour codes, near to far
+
+
 def trace(generation, sources, tokenizer, color=True):
-    """The first row's new text, showing where each token came from: the model itself, or a draft at distance j, read
-    from offset o, with look-back underlined. Without colour, each step's tokens stand in brackets."""
-    shade = {j: 22 + 6 * min(j - 2, 4) if j < 7 else 52 for j in sources}   # greens, 256-colour codes
+    """The first row's new text, showing where each token came from: the model itself (plain), or a draft, shaded by
+    its distance and underlined where it was made by looking back. Without colour each step stands in brackets."""
+    style = {j: f"38;5;16;48;5;{SHADES[min(j - 2, len(SHADES) - 1)]}" + (";4" if b else "") for j, (_, b) in sources.items()}
     decoder, out, text = codecs.getincrementaldecoder("utf-8")("replace"), [], ""
     for token, distance in zip(generation.tokens[0], generation.distances[0]):
         text += decoder.decode(tokenizer.decode_single_token_bytes(token))  # a character may take several tokens
-        if color and text:
-            style = f"48;5;{shade[distance]}" + (";4" if sources[distance][1] else "") if distance > 1 else "1"
-            out.append("".join(f"\033[{style}m{part}\033[0m" if part != "\n" else part
-                               for part in re.split("(\n)", text) if part))
+        if color:
+            out += [f"\033[{style[distance]}m{part}\033[0m" if distance > 1 and part.strip("\n") else part
+                    for part in re.split("(\n)", text)]
             text = ""
         elif distance == 1:                                                 # the last token of its step
             out.append(f"[{text}]")
             text = ""
-    legend = [f"\033[{'48;5;%d' % shade[j]}{';4' if b else ''}m {j} \033[0m offset {o}" + (f", {b} back" if b else "")
-              for j, (o, b) in sources.items()]
-    note = "the model itself in bold; drafts by distance: " + "  ".join(legend) if color else "one step per [bracket]"
-    return "".join(out) + text + "\n" + note
+    if text:                                                                # the last step was cut short
+        out.append(f"[{text}]")
+    legend = "  ".join(f"\033[{style[j]}m{j}\033[0m from offset {o}" + (f", {b} back" if b else "")
+                       for j, (o, b) in sources.items())
+    return "".join(out) + "\n" + (f"drafts by distance: {legend}" if color else "(one step per bracket)")
 
 
 def environment(device):
@@ -449,7 +460,7 @@ def parse_args():
     p.add_argument("--data", help="corpus whose held-out half gives the prompts; default: the one trained on")
     p.add_argument("--prompt", help="continue this text instead")
     p.add_argument("--trace", action="store_true", help="show the text, each token marked by where it came from")
-    p.add_argument("--prompts", type=int, default=8, help="how many held-out prompts")
+    p.add_argument("--prompts", type=int, default=32, help="how many held-out prompts")
     p.add_argument("--prompt-tokens", type=int, default=64, help="their length")
     p.add_argument("--new-tokens", type=int, default=160, help="tokens to generate after each")
     p.add_argument("--batch-size", type=int, default=1, help="prompts decoded at once")
@@ -457,7 +468,7 @@ def parse_args():
     p.add_argument("--top-k", type=int, help="sample among the k most probable tokens only")
     p.add_argument("--top-p", type=float, help="sample among the most probable tokens with this total probability only")
     p.add_argument("--seed", type=int, default=0, help="of the sampling noise")
-    p.add_argument("--rounds", type=int, default=5, help="timed repetitions; the table shows medians")
+    p.add_argument("--rounds", type=int, default=3, help="timed repetitions; the table shows medians")
     p.add_argument("--compile", default="auto", choices=["auto", "yes", "no"], help="torch.compile the step; auto: on a GPU, "
                    "and on a CPU with a C++ compiler")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")

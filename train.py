@@ -146,13 +146,46 @@ def mfu(model, tokens_per_second, device):
 # ---------------------------------------------------------------------------------------------------------------------
 # The loop
 
-def train(args, model=None, state=None):
-    """Run `args` (see parse_args) to its last step, from a checkpoint's (model, state) or from scratch. -> model.
+def train_step(model, optimizers, corpus, step, args, autocast):
+    """One optimizer step on `accumulate` batches. -> {offset: mean loss} and the gradient norm, on the device; the
+    update itself is left to the caller, who may want to look first."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * lr_factor(step, args.steps, args.warmup, args.final_lr)
+        optimizer.zero_grad()
+    weights = {o: args.head_weight for o in model.offsets[1:]}
+    losses = {o: 0.0 for o in model.offsets}
+    for micro in range(args.accumulate):
+        idx = corpus.batch("train", args.batch_size, model.gpt.config.block_size + 1, step * args.accumulate + micro,
+                           args.seed).to(args.device, non_blocking=True)
+        with autocast():
+            part = joint_loss(model, idx, weights, backward=True, scale=1 / args.accumulate)
+        losses = {o: losses[o] + part[o] / args.accumulate for o in part}
+    return losses, torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
 
-    Raises InputError and CorpusError for bad input, Diverged when the loss is not finite, OSError when saving fails,
-    KeyboardInterrupt after Ctrl-C (once a checkpoint is saved).
+
+def restore(state, optimizers, corpus, out):
+    """Put a checkpoint's state back: optimizers, random numbers, and metrics.jsonl up to its step. -> that step."""
+    if state["corpus"] != corpus.meta["train_sha256"]:
+        raise InputError(f"{corpus.folder} is not the corpus that this run was started on; prepare that one again")
+    for optimizer, saved in zip(optimizers, state["optimizers"]):
+        optimizer.load_state_dict(saved)
+    torch.set_rng_state(state["rng"])
+    if state["cuda_rng"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda_rng"])
+    metrics = out / "metrics.jsonl"                                         # later lines are about to be written again;
+    lines = metrics.read_text().splitlines() if metrics.exists() else []    # the last may be cut short
+    metrics.write_text("".join(l + "\n" for l in lines if l.endswith("}") and json.loads(l)["step"] <= state["step"]))
+    return state["step"]
+
+
+def train(args, model=None, state=None):
+    """Run `args` (see parse_args and check_args) to the last step, from a checkpoint's (model, state) or from scratch.
+
+    Returns the model. Raises InputError and CorpusError for bad input, Diverged when the loss is not finite, OSError
+    when saving fails, KeyboardInterrupt after Ctrl-C (once a checkpoint is saved).
     """
-    device = torch.device(args.device)
+    device, out = torch.device(args.device), Path(args.out)
     corpus = Corpus(args.data)
     torch.manual_seed(args.seed)
     if model is None:
@@ -160,33 +193,18 @@ def train(args, model=None, state=None):
         model = MultiTokenGPT(GPT(config), HeadsConfig(args.offsets, args.head_kind, args.head_layers,
                                                        args.own_unembedding))
     model = model.to(device).train()
-    config, T = model.gpt.config, model.gpt.config.block_size
-    windows = corpus.windows("val", args.eval_windows, T + 1)
-    corpus.batch("train", 1, T + 1, step=0)                                 # too small a corpus fails now, not later
+    windows = corpus.windows("val", args.eval_windows, model.gpt.config.block_size + 1)
+    corpus.batch("train", 1, model.gpt.config.block_size + 1, step=0)       # too small a corpus fails now, not later
     optimizers = make_optimizers(model, args.optimizer, args.lr, args.weight_decay)
-    weights = {o: args.head_weight for o in model.offsets[1:]}
-    amp = args.dtype == "bfloat16"
-    autocast = (lambda: torch.autocast(device.type, torch.bfloat16)) if amp else nullcontext
+    out.mkdir(parents=True, exist_ok=True)
+    if state:
+        first = restore(state, optimizers, corpus, out)
+    else:
+        first = 0
+        (out / "metrics.jsonl").write_text("")
+    autocast = (lambda: torch.autocast(device.type, torch.bfloat16)) if args.dtype == "bfloat16" else nullcontext
     if args.compile:                                                        # the trunk; heads are a few products each
         model.gpt.hidden_states = torch.compile(model.gpt.hidden_states)
-
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    metrics = out / "metrics.jsonl"
-    first = 0
-    if state:
-        if state["corpus"] != corpus.meta["train_sha256"]:
-            raise InputError(f"{args.data} is not the corpus that this run was started on; prepare that one again")
-        first = state["step"]
-        for optimizer, saved in zip(optimizers, state["optimizers"]):
-            optimizer.load_state_dict(saved)
-        torch.set_rng_state(state["rng"])
-        if device.type == "cuda" and state["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(state["cuda_rng"], device)
-        lines = metrics.read_text().splitlines() if metrics.exists() else []  # forget what is about to be done again
-        metrics.write_text("".join(l + "\n" for l in lines if l.endswith("}") and json.loads(l)["step"] <= first))
-    else:
-        metrics.write_text("")
 
     def save(step):
         save_checkpoint(out / "checkpoint.pt", model, step=step, args=vars(args), corpus=corpus.meta["train_sha256"],
@@ -195,56 +213,42 @@ def train(args, model=None, state=None):
                         cuda_rng=torch.cuda.get_rng_state(device) if device.type == "cuda" else None)
 
     def log(**record):
-        with open(metrics, "a") as f:
+        with open(out / "metrics.jsonl", "a") as f:
             f.write(json.dumps(record) + "\n")
 
     stop = []                                                               # a signal is obeyed between two steps
     handlers = {s: signal.signal(s, lambda number, frame: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
-    n_params = sum(p.numel() for p in model.parameters())
-    print(f"{n_params / 1e6:.2f}M parameters, offsets {model.offsets}, on {device}, {args.dtype}; run folder {out}")
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, offsets {model.offsets}, on {device}, "
+          f"{args.dtype}; run folder {out}")
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, unit="step", dynamic_ncols=True,
                disable=None if args.progress else True)
-    tokens, since, seen = args.batch_size * args.accumulate * T, time.perf_counter(), first
-    val = ""
+    tokens_per_step = args.batch_size * args.accumulate * model.gpt.config.block_size
+    since, seen, val = time.perf_counter(), first, ""
     try:
         for step in bar:
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = args.lr * lr_factor(step, args.steps, args.warmup, args.final_lr)
-                optimizer.zero_grad()
-            losses = {o: 0.0 for o in model.offsets}
-            for micro in range(args.accumulate):
-                idx = corpus.batch("train", args.batch_size, T + 1, step * args.accumulate + micro, args.seed)
-                with autocast():
-                    part = joint_loss(model, idx.to(device, non_blocking=True), weights, backward=True,
-                                      scale=1 / args.accumulate)
-                losses = {o: losses[o] + part[o] / args.accumulate for o in part}
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
-
-            done, last = step + 1, step + 1 == args.steps
-            look = last or stop or done % args.log_every == 0 or done % args.eval_every == 0
-            if look and not math.isfinite(norm + sum(losses.values())):     # the only wait for the device
-                raise Diverged(f"the loss is not finite at step {done}; lower --lr or raise --warmup. "
-                               + (f"The checkpoint of an earlier step stands: {out / 'checkpoint.pt'}"
-                                  if (out / "checkpoint.pt").exists() else "No checkpoint was saved yet"))
-            for optimizer in optimizers:
-                optimizer.step()
-
-            if look:
+            losses, norm = train_step(model, optimizers, corpus, step, args, autocast)
+            done = step + 1
+            check = done == args.steps or done % args.eval_every == 0
+            if check or stop or done % args.log_every == 0:                 # look: the only wait for the device
+                losses = {o: float(l) for o, l in losses.items()}
+                if not math.isfinite(norm + sum(losses.values())):
+                    kept = out / "checkpoint.pt"
+                    raise Diverged(f"the loss is not finite at step {done}; lower --lr or raise --warmup. "
+                                   + (f"{kept} of an earlier step stands" if kept.exists() else "Nothing was saved yet"))
                 now = time.perf_counter()
-                speed, since, seen = tokens * (done - seen) / (now - since), now, done
-                losses = {o: round(float(l), 4) for o, l in losses.items()}
+                speed, since, seen = tokens_per_step * (done - seen) / (now - since), now, done
                 use = mfu(model, speed, device)
-                log(step=done, loss=losses, grad_norm=round(float(norm), 4), tokens_per_second=round(speed), mfu=use,
-                    lr=args.lr * lr_factor(step, args.steps, args.warmup, args.final_lr))
+                log(step=done, loss={o: round(l, 4) for o, l in losses.items()}, grad_norm=round(float(norm), 4),
+                    lr=optimizers[0].param_groups[0]["lr"], tokens_per_second=round(speed), mfu=use)
                 bar.set_postfix_str(" ".join(f"{o}:{l:.2f}" for o, l in losses.items()) + f", {speed / 1e3:.1f}k tok/s"
                                     + (f", MFU {use:.0%}" if use else "") + val)
-            if done % args.eval_every == 0 or last:
+            for optimizer in optimizers:
+                optimizer.step()
+            if check:
                 loss, accuracy = evaluate(model, windows, args.batch_size, autocast)
                 log(step=done, val_loss=loss, val_accuracy=accuracy)
-                val = f", val {loss[1]:.3f}"
-                since = time.perf_counter()
-            if done % args.eval_every == 0 or last or stop:
+                val, since = f", val {loss[1]:.3f}", time.perf_counter()
+            if check or stop:
                 save(done)
             if stop:
                 raise KeyboardInterrupt
@@ -266,7 +270,8 @@ def parse_args(argv=None):
                     "(1,3,5,7) or any other offsets. Ctrl-C saves and stops; --resume RUN goes on.")
     p.add_argument("--data", default="data/python", help="corpus folder made by data/prepare.py")
     p.add_argument("--out", default="runs/new", help="run folder: checkpoint.pt and metrics.jsonl")
-    p.add_argument("--resume", metavar="RUN", help="continue this run with its own settings; only --device, --compile and --no-progress count")
+    p.add_argument("--resume", metavar="RUN", help="go on with this run and its settings; only --device, --compile and "
+                   "--no-progress are taken from the command line")
     p.add_argument("--overwrite", action="store_true", help="start anew where --out already holds a checkpoint")
     g = p.add_argument_group("heads")
     g.add_argument("--offsets", default="1,2,3,4", help="what to predict from each position: 1 is the next token; 1,3,5,7 leaps")
@@ -339,8 +344,8 @@ def main():
         model = state = None
         if args.resume:
             model, state = load_checkpoint(args.resume)
-            machine = {k: getattr(args, k) for k in ("device", "compile", "progress")}
-            args = argparse.Namespace(**{**state["args"], **machine, "out": args.resume})
+            args = argparse.Namespace(**{**state["args"], "out": args.resume, "device": str(pick_device(args.device)),
+                                         "compile": args.compile, "progress": args.progress})
             if state["step"] >= args.steps:
                 return print(f"{args.out} is finished: {state['step']} of {args.steps} steps")
         else:

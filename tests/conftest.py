@@ -65,8 +65,8 @@ TINY = ["--n-layer", "2", "--n-head", "2", "--n-embd", "32", "--block-size", "32
 
 @pytest.fixture(scope="session")
 def run_folder(tmp_path_factory, corpus):
-    """A run of train.py: 60 steps, offsets 1,2,3,4,5,7."""
+    """A run of train.py: 120 steps, offsets 1,2,3,4,5,7."""
     out = tmp_path_factory.mktemp("runs") / "tiny"
-    result = command("train.py", "--data", corpus, "--out", out, "--offsets", "1,2,3,4,5,7", "--steps", 60, *TINY)
+    result = command("train.py", "--data", corpus, "--out", out, "--offsets", "1,2,3,4,5,7", "--steps", 120, *TINY)
     assert result.returncode == 0, result.stderr
     return out

@@ -1,0 +1,356 @@
+"""Lesson 4: how blocks of guesses are checked, how looking back fills the holes, and why the output cannot change."""
+import itertools
+import math
+
+import pytest
+import torch
+import transformers
+
+from conftest import tiny_gpt, tiny_model
+from decode import (Decoder, Generation, compare, default_methods, expected_tokens_per_step, filter_logits, gumbel_noise,
+                    held_out_acceptance, method_name, trace)
+from data.prepare import get_tokenizer
+from heads import HeadsConfig, MultiTokenGPT, draft_sources
+from model import InputError
+
+PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11, 12]]                     # ragged on purpose
+METHODS = [(1,), (1, 2, 3, 4), (1, 3, 5, 7), (1, 4, 7), (1, 2, 3, 4, 5, 7)]
+NTP, MTP, LEAP = (1,), (1, 2, 3, 4), (1, 3, 5, 7)
+
+
+def noise_by_hand(seed, row, position, token):
+    """decode.gumbel_noise for one token, in Python's own integers."""
+    def mix(x):
+        x = ((x ^ x >> 16) * 0x21F0AAAD) % 2 ** 32
+        x = ((x ^ x >> 15) * 0x735A2D97) % 2 ** 32
+        return x ^ x >> 15
+    bits = mix(mix(mix(mix(seed) ^ row) ^ position) ^ mix(token + 0x9E3779B9))
+    return -math.log(-math.log((bits // 512 + 0.5) / 2 ** 23))
+
+
+def reference(gpt, prompts, new_tokens, temperature=0.0, seed=0):
+    """What plain decoding says, the slow way: the whole context is computed anew for every token, row by row."""
+    out = []
+    for row, prompt in enumerate(prompts):
+        text = list(prompt)
+        for _ in range(new_tokens):
+            logits = gpt(torch.tensor([text]))[0][0, -1].double()
+            if temperature:
+                noise = [noise_by_hand(seed, row, len(text), v) for v in range(len(logits))]
+                logits = logits / temperature + torch.tensor(noise)
+            text.append(int(logits.argmax()))
+        out.append(text[len(prompt):])
+    return out
+
+
+# The output cannot change
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("untrained", [False, True])
+@pytest.mark.parametrize("kind, own, n_layer", [("resblock", False, 1), ("resblock", True, 2), ("block", False, 1),
+                                                ("block", True, 2)])
+def test_every_method_emits_the_text_of_recomputing_everything(kind, own, n_layer, untrained, method, temperature):
+    model = tiny_model(kind=kind, own=own, n_layer=n_layer, untrained=untrained)
+    expected = reference_text(model, temperature)
+    got = Decoder(model, method, temperature=temperature, seed=5).generate(PROMPTS, 30)
+    assert got.tokens == expected
+
+
+references = {}
+
+
+def reference_text(model, temperature):
+    """`reference`, computed once per GPT: heads never change it, so all heads share it."""
+    key = (temperature, sum(p.detach().sum().item() for p in model.gpt.parameters()))
+    if key not in references:
+        references[key] = reference(model.gpt, PROMPTS, 30, temperature, seed=5)
+    return references[key]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_greedy_text_is_that_of_transformers_generate(method, tmp_path):
+    torch.manual_seed(1)
+    config = transformers.GPT2Config(n_layer=2, n_head=2, n_embd=32, vocab_size=50, n_positions=64,
+                                     initializer_range=0.3, bos_token_id=0, eos_token_id=0)
+    theirs = transformers.GPT2LMHeadModel(config).eval()
+    theirs.save_pretrained(tmp_path)
+    model = MultiTokenGPT(tiny_gpt().from_pretrained(tmp_path), HeadsConfig(METHODS[-1]))
+    prompt = [7, 3, 3, 9]
+    text = theirs.generate(torch.tensor([prompt]), max_new_tokens=60, min_new_tokens=60, do_sample=False, pad_token_id=0,
+                           eos_token_id=None)
+    assert Decoder(model, method).generate([prompt], 60).tokens == [text[0, 4:].tolist()]
+
+
+@pytest.mark.parametrize("options", [dict(temperature=0.7, top_k=5), dict(temperature=1.3, top_p=0.8),
+                                     dict(temperature=1.0, top_k=9, top_p=0.9), dict(top_k=2, top_p=0.5)])
+def test_top_k_and_top_p_do_not_break_the_equality(options):
+    model = tiny_model()
+    ntp, *others = [Decoder(model, m, seed=2, **options).generate(PROMPTS, 40).tokens for m in METHODS]
+    assert all(tokens == ntp for tokens in others)
+
+
+def test_a_row_does_not_depend_on_its_neighbours():
+    model = tiny_model()
+    together = Decoder(model, LEAP, temperature=1.0).generate(PROMPTS, 40).tokens
+    other_neighbours = [PROMPTS[0], [30] * 20, PROMPTS[2]]
+    again = Decoder(model, LEAP, temperature=1.0).generate(other_neighbours, 40).tokens
+    assert together[0] == again[0] and together[2] == again[2]
+
+
+def test_a_decoder_can_be_used_again_and_forgets_what_it_wrote():
+    model = tiny_model()
+    used = Decoder(model, LEAP)
+    used.generate([[9] * 20, [8] * 11, [7]], 40)
+    assert used.generate(PROMPTS, 30) .tokens == Decoder(model, LEAP).generate(PROMPTS, 30).tokens
+
+
+def test_the_whole_context_can_be_used():
+    model = tiny_model()
+    for method in METHODS:
+        tokens = Decoder(model, method).generate([[1, 2, 3, 4]], 60).tokens[0]
+        assert tokens == reference(model.gpt, [[1, 2, 3, 4]], 60)[0] and len(tokens) == 60
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_generation_ends_with_the_stop_token_wherever_it_stands_in_a_block(method):
+    model = tiny_model()
+    full = Decoder(model, NTP, temperature=1.0).generate(PROMPTS, 40).tokens
+    for stop in range(31):
+        got = Decoder(model, method, temperature=1.0).generate(PROMPTS, 40, stop_token=stop).tokens
+        for text, whole in zip(got, full):
+            end = whole.index(stop) + 1 if stop in whole else 40
+            assert text == whole[:end]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_compiled_step_emits_the_same_text(temperature):
+    model = tiny_model(n_layer=1)
+    for method in (NTP, LEAP):
+        eager, compiled = (Decoder(model, method, temperature=temperature, compile=c) for c in (False, True))
+        for prompts in (PROMPTS, [[3] * 30, [1], [2, 2]]):                  # other lengths: the same program
+            assert compiled.generate(prompts, 30).tokens == eager.generate(prompts, 30).tokens
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("compile", [False, True])
+def test_on_a_gpu_every_method_emits_the_same_text(compile):
+    model = tiny_model().cuda()
+    texts = [Decoder(model, m, temperature=t, compile=compile).generate(PROMPTS, 40).tokens
+             for t in (0.0, 1.0) for m in METHODS]
+    half = len(METHODS)
+    assert all(t == texts[0] for t in texts[:half]) and all(t == texts[half] for t in texts[half:])
+
+
+# Steps, drafts and where tokens come from
+
+def counting_model(offsets, wrong=()):
+    """A model that knows the text 0 1 2 3 ... (mod 32): after token x, offset o says x + o, or something else for the
+    offsets in `wrong`. The hidden state is the one-hot vector of x; the unembedding reads x and says x + 1."""
+    model = tiny_model(offsets, untrained=True, n_embd=32, vocab_size=32, n_layer=1)
+
+    def forward_by(n):                                                      # a matrix that takes one-hot x to x + n
+        return torch.eye(32).roll(n, 0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+        model.gpt.transformer.ln_f.weight.fill_(1.0)
+        model.gpt.lm_head.weight = torch.nn.Parameter(forward_by(1))
+        model.gpt.transformer.wte.weight = torch.nn.Parameter(10 * torch.eye(32))
+        for o in offsets[1:]:                                               # z + silu(W z): adds x + o - 1, and larger
+            model.heads[str(o)].blocks[0].weight.copy_(20 * forward_by(o - 1 if o not in wrong else o + 5))
+    return model
+
+
+@pytest.mark.parametrize("method, per_step", [(NTP, 1), (MTP, 4), (LEAP, 7)])
+def test_a_model_that_is_always_right_fills_every_block(method, per_step):
+    model = counting_model(METHODS[-1])
+    g = Decoder(model, method).generate([[3, 4, 5]], 1 + 3 * per_step)
+    assert g.tokens == [[(6 + i) % 32 for i in range(1 + 3 * per_step)]]
+    assert g.tokens_per_step == per_step
+    assert all(share == 1.0 for share in g.accepted.values())
+    if method == LEAP:                                                      # drafts at distance 2..7, then the model
+        assert g.distances == [[1] + [2, 3, 4, 5, 6, 7, 1] * 3]
+
+
+def test_looking_back_needs_a_past():
+    # With a prompt of one token there is no position t - 1 yet: leap's first block cannot be full, its second is.
+    g = Decoder(counting_model(LEAP), LEAP).generate([[3]], 20)
+    assert g.tokens == [[(4 + i) % 32 for i in range(20)]]
+    assert g.distances[0][:2] == [1, 1] and g.distances[0][2:9] == [2, 3, 4, 5, 6, 7, 1]
+
+
+def test_a_wrong_head_costs_speed_at_its_distances_and_nothing_else():
+    # Offset 5 serves distances 4 and 5 of leap; wrong there, a step emits drafts 2 and 3 and the model's own token.
+    g = Decoder(counting_model(LEAP, wrong=(5,)), LEAP).generate([[3, 4]], 31)
+    assert g.tokens == [[(5 + i) % 32 for i in range(31)]]
+    assert g.tokens_per_step == 3.0
+    assert g.accepted == {2: 1.0, 3: 1.0, 4: 0.0, 5: 0.0, 6: 0.0, 7: 0.0}
+
+
+def test_better_sources_can_be_chosen_by_hand():
+    # Offset 5 read two positions back serves distance 3 where offset 3 is wrong.
+    model = counting_model((1, 2, 3, 5), wrong=(3,))
+    assert Decoder(model, (1, 2, 3)).generate([[3, 4, 5]], 25).tokens_per_step < 3
+    by_hand = Decoder(model, (1, 2, 5), sources={2: (2, 0), 3: (5, 2)})
+    assert by_hand.generate([[3, 4, 5]], 25).tokens_per_step == 3
+
+
+def test_tokens_per_step_and_accepted_shares_agree_with_the_recorded_distances():
+    model = tiny_model()
+    g = Decoder(model, LEAP, temperature=1.0).generate(PROMPTS, 50)
+    steps = sum(d[1:].count(1) for d in g.distances)                        # each step ends with the model's own token
+    assert g.tokens_per_step == pytest.approx(sum(len(t) - 1 for t in g.tokens) / steps, rel=0.05)
+    for j in (2, 3):
+        assert g.accepted[j] == pytest.approx(sum(d.count(j) for d in g.distances) / steps, abs=0.05)
+
+
+def test_ntp_takes_one_step_per_token():
+    g = Decoder(tiny_model(), NTP).generate(PROMPTS, 20)
+    assert g.tokens_per_step == 1.0 and g.accepted == {} and set(sum(g.distances, [])) == {1}
+
+
+# Sampling
+
+def test_the_noise_is_a_function_of_seed_row_position_and_token():
+    got = gumbel_noise(7, torch.tensor([[0], [3]]), torch.tensor([[5, 6], [11, 12]]), 9)
+    for (b, row), (i, _), v in itertools.product(enumerate([0, 3]), enumerate([0, 1]), range(9)):
+        position = [[5, 6], [11, 12]][b][i]
+        assert got[b, i, v].item() == pytest.approx(noise_by_hand(7, row, position, v), rel=1e-4, abs=1e-4)
+
+
+def chi_square(counts, p):
+    """Pearson's statistic as a z-score: about normal(0, 1) when counts were drawn from p."""
+    expected = p * counts.sum()
+    degrees = len(p) - 1
+    return ((counts - expected).square() / expected).sum().sub(degrees).item() / math.sqrt(2 * degrees)
+
+
+@pytest.mark.parametrize("method", [NTP, LEAP])
+@pytest.mark.parametrize("options", [dict(temperature=1.0), dict(temperature=0.6, top_k=4)])
+def test_sampled_tokens_follow_the_exact_distribution(method, options):
+    # 4,000 rows with the same prompt, three tokens each: compare the joint counts with the product of exact probabilities.
+    V, rows, prompt = 6, 4000, [1, 4]
+    model = tiny_model(vocab_size=V, n_embd=16, n_layer=1, block_size=16)
+    tokens = torch.tensor(Decoder(model, method, seed=1, **options).generate([prompt] * rows, 3).tokens)
+    counts = torch.zeros(V, V, V).index_put_(tuple(tokens.T), torch.ones(rows), accumulate=True).flatten()
+    p = torch.zeros(V, V, V)
+    for a, b, c in itertools.product(range(V), repeat=3):
+        logits = model.gpt(torch.tensor([[*prompt, a, b]]))[0][0, 1:] / options["temperature"]
+        q = filter_logits(logits, options.get("top_k")).softmax(-1)
+        p[a, b, c] = q[0, a] * q[1, b] * q[2, c]
+    p = p.flatten()
+    assert counts[p == 0].sum() == 0
+    common = p * rows >= 5                                                  # Pearson needs some counts in every cell
+    rest = ~common
+    counts = torch.cat([counts[common], counts[rest].sum()[None]])
+    p = torch.cat([p[common], p[rest].sum()[None]])
+    keep = p > 0
+    assert abs(chi_square(counts[keep], p[keep])) < 4
+
+
+def test_another_seed_gives_another_text_and_the_same_seed_the_same():
+    model = tiny_model()
+    a, b, c = (Decoder(model, MTP, temperature=1.0, seed=s).generate(PROMPTS, 30).tokens for s in (0, 1, 0))
+    assert a == c != b
+
+
+def test_rows_with_the_same_prompt_get_different_samples():
+    tokens = Decoder(tiny_model(), NTP, temperature=1.0).generate([[1, 2]] * 4, 20).tokens
+    assert len({tuple(t) for t in tokens}) == 4
+
+
+def test_top_k_and_top_p_hide_the_improbable():
+    logits = torch.tensor([0.5, 0.2, 0.15, 0.1, 0.05]).log()
+    assert filter_logits(logits, top_k=2).isfinite().tolist() == [True, True, False, False, False]
+    assert filter_logits(logits, top_p=0.6).isfinite().tolist() == [True, True, False, False, False]
+    assert filter_logits(logits, top_p=0.5).isfinite().tolist() == [True, False, False, False, False]
+    assert filter_logits(logits.flip(0), top_k=3, top_p=0.99).isfinite().tolist() == [False, False, True, True, True]
+
+
+# Predicting the speed
+
+def test_expected_tokens_per_step_by_enumeration():
+    a = [0.8, 0.5, 0.9]
+    expected = 0.0
+    for hits in itertools.product([0, 1], repeat=3):                        # a draft counts while all before it hit
+        p = math.prod(x if h else 1 - x for x, h in zip(a, hits))
+        expected += p * (1 + next((i for i, h in enumerate(hits) if not h), 3))
+    assert expected_tokens_per_step(a) == pytest.approx(expected)
+    assert expected_tokens_per_step([]) == 1.0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_held_out_acceptance_by_brute_force(method):
+    model = tiny_model()
+    windows = torch.randint(0, 31, (3, 30))
+    windows[:, 15:] = windows[:, 14:15]                                     # something that can be guessed
+    sources = draft_sources(method)
+    got, share = held_out_acceptance(model, windows, sources)
+    logits = model(windows[:, :-1])
+    first, steps, tokens, reached, hits = max([b for _, b in sources.values()], default=0), 0, 0, {}, {}
+    for row in range(3):
+        length = []
+        for t in range(first, 30 - 1 - len(sources)):
+            n = 0
+            for j, (o, b) in sources.items():
+                reached[j] = reached.get(j, 0) + 1
+                if logits[o][row, t - b].argmax() != windows[row, t + j]:
+                    break
+                hits[j] = hits.get(j, 0) + 1
+                n += 1
+            length.append(n + 1)
+        t = 0
+        while t < len(length):
+            steps, tokens, t = steps + 1, tokens + length[t], t + length[t]
+    assert got == pytest.approx(tokens / steps)
+    for j in sources:
+        assert share[j] == pytest.approx(hits.get(j, 0) / max(1, reached.get(j, 0)))
+
+
+# What is shown
+
+def test_methods_are_named_after_their_offsets():
+    assert [method_name(m) for m in METHODS] == ["NTP", "MTP", "leap k=2", "leap k=3", "mixed"]
+
+
+def test_the_default_comparison_takes_what_the_offsets_allow():
+    assert default_methods((1, 2, 3, 4, 5, 7)) == [NTP, MTP, LEAP, (1, 2, 3, 4, 5, 7)]
+    assert default_methods((1,)) == [NTP]
+    assert default_methods((1, 3, 5)) == [NTP, (1, 3, 5)]
+
+
+def test_compare_reports_every_method_and_finds_the_texts_identical():
+    records, generations = compare(tiny_model(), [NTP, LEAP], PROMPTS, 20, rounds=2, batch_size=2, progress=False)
+    assert [(r["temperature"], r["method"]) for r in records] == [(0, "NTP"), (0, "leap k=2"), (1, "NTP"), (1, "leap k=2")]
+    assert all(r["identical"] for r in records)
+    assert records[0]["speedup"] == 1.0 and records[0]["tokens_per_step"] == 1.0
+    assert [len(t) for g in generations[1.0][LEAP] for t in g.tokens] == [20, 20, 20]
+
+
+def test_a_trace_shows_the_text_with_one_bracket_per_step():
+    g = Generation(tokens=[list("x = 'naïve'".encode())], distances=[[1, 2, 3, 1, 1, 2, 3, 4, 5, 1, 1, 2]],
+                   steps=5, tokens_per_step=2.4, accepted={}, seconds=1.0)
+    plain = trace(g, draft_sources(LEAP), get_tokenizer("bytes"), color=False).splitlines()[0]
+    assert plain == "[x][ = ]['][naïv][e][']"
+
+
+# Limits are errors, said before work starts
+
+@pytest.mark.parametrize("prompts, new, message", [
+    ([], 5, "no prompt"), ([[1], []], 5, "empty"), ([[1, 31]], 5, "outside 0..30"), ([[-1]], 5, "outside"),
+    ([[1]], 0, "at least 1"), ([[1] * 60], 5, "at most 4 new tokens"), ([[1] * 70], 5, "exceed")])
+def test_prompts_that_cannot_be_continued_are_refused(prompts, new, message):
+    with pytest.raises(InputError, match=message):
+        Decoder(tiny_model()).generate(prompts, new)
+
+
+@pytest.mark.parametrize("options, message", [
+    (dict(offsets=(1, 6)), "no head for offset 6"), (dict(offsets=(2, 3)), "start with 1"),
+    (dict(offsets=(1, 2, 4), sources={2: (2, 0), 4: (4, 0)}), "distance 3.* hole"),
+    (dict(offsets=(1, 3), sources={2: (3, 2)}), "cannot come from"), (dict(offsets=(1, 3), sources={2: (5, 3)}), "cannot"),
+    (dict(temperature=-1), "temperature"), (dict(top_k=0), "top_k"), (dict(top_p=1.5), "top_p")])
+def test_decoders_that_cannot_be_are_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        Decoder(tiny_model(), **options)

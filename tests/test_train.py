@@ -1,0 +1,256 @@
+"""Lesson 3: one loop trains all offsets, and a run can be stopped anywhere without changing its result."""
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from conftest import ROOT, TINY, assert_one_line_error, command, tiny_model
+from data.loader import Corpus
+from heads import joint_loss
+from model import InputError
+from train import evaluate, load_checkpoint, lr_factor, make_optimizers, save_checkpoint
+
+
+def weights(folder):
+    return load_checkpoint(folder)[0].state_dict()
+
+
+def assert_same_weights(a, b):
+    a, b = weights(a), weights(b)
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+# Learning
+
+def test_training_lowers_the_loss_of_every_offset(run_folder):
+    logged = [r["loss"] for r in records(run_folder) if "loss" in r]
+    assert set(logged[0]) == {"1", "2", "3", "4", "5", "7"}
+    assert all(logged[-1][o] < logged[0][o] - 0.5 for o in logged[0])
+
+
+def test_validation_reports_loss_and_accuracy_of_every_offset(run_folder):
+    last = [r for r in records(run_folder) if "val_loss" in r][-1]
+    assert last["step"] == 120
+    assert set(last["val_loss"]) == set(last["val_accuracy"]) == {"1", "2", "3", "4", "5", "7"}
+    assert 0.2 < last["val_accuracy"]["1"] <= 1
+
+
+def test_nearer_tokens_are_easier(run_folder):
+    last = [r["loss"] for r in records(run_folder) if "loss" in r][-3:]
+    one, two, seven = (sum(r[o] for r in last) for o in ("1", "2", "7"))
+    assert one < two < seven
+
+
+def test_evaluation_is_the_plain_mean_over_positions():
+    model, windows = tiny_model((1, 3)), torch.randint(0, 31, (5, 21))
+    loss, accuracy = evaluate(model, windows, batch_size=2)
+    model.eval()
+    logits, targets = model(windows[:, :-1])[3][:, :18], windows[:, 3:]
+    p = logits.softmax(-1).gather(-1, targets[..., None])
+    assert loss[3] == pytest.approx(-p.log().mean().item(), rel=1e-5)
+    assert accuracy[3] == pytest.approx((logits.argmax(-1) == targets).float().mean().item())
+
+
+def test_offsets_one_is_plain_next_token_training(corpus, tmp_path):
+    result = command("train.py", "--data", corpus, "--out", tmp_path, "--offsets", "1", "--steps", 5, *TINY)
+    assert result.returncode == 0, result.stderr
+    assert load_checkpoint(tmp_path)[0].offsets == (1,)
+
+
+def test_gradient_accumulation_gives_the_gradients_of_the_larger_batch(corpus):
+    model = tiny_model(vocab_size=257, block_size=32)
+    whole = Corpus(corpus).batch("train", 4, 33, step=0)
+    joint_loss(model, whole, backward=True)
+    once = {k: p.grad.clone() for k, p in model.named_parameters()}
+    model.zero_grad()
+    for half in whole.split(2):
+        joint_loss(model, half, backward=True, scale=0.5)
+    for k, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, once[k], rtol=1e-4, atol=1e-6)
+
+
+def test_the_learning_rate_warms_up_and_follows_a_cosine():
+    factors = [lr_factor(step, steps=110, warmup=10, final=0.1) for step in range(110)]
+    assert factors[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert max(factors) == factors[10] == 1.0
+    assert factors[60] == pytest.approx(0.55) and factors[-1] == pytest.approx(0.1, abs=1e-3)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_every_parameter_belongs_to_exactly_one_optimizer(name):
+    model = tiny_model(kind="block")
+    optimizers = make_optimizers(model, name, 1e-3, 0.1)
+    held = [id(p) for o in optimizers for group in o.param_groups for p in group["params"]]
+    assert sorted(held) == sorted(id(p) for p in model.parameters())
+    if name == "muon":                                                      # never embeddings: they are lookup tables
+        assert id(model.gpt.lm_head.weight) not in {id(p) for g in optimizers[1].param_groups for p in g["params"]}
+
+
+# Stopping and going on
+
+def start(corpus, out, steps, *options):
+    return ["train.py", "--data", str(corpus), "--out", str(out), "--offsets", "1,2,4", "--steps", str(steps),
+            "--eval-every", "4", "--dropout", "0.1", "--log-every", "1", *TINY, *options]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(corpus, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    assert command(*start(corpus, out, 40)).returncode == 0
+    return out
+
+
+def run_until_step(arguments, out, step, number):
+    """Start training and send it a signal once metrics.jsonl has reached `step`. -> (exit status, stderr)"""
+    process = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                               text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        metrics = out / "metrics.jsonl"
+        if metrics.exists() and metrics.read_text().count('"loss"') >= step:
+            process.send_signal(number)
+            break
+    return process.wait(60), process.stderr.read()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_was_stopped_and_resumed_has_the_weights_of_one_that_was_not(number, corpus, tmp_path, uninterrupted):
+    out = tmp_path / "stopped"
+    status, stderr = run_until_step(start(corpus, out, 40), out, 9, number)
+    if number == signal.SIGKILL:
+        assert status == -signal.SIGKILL
+    else:                                                                   # Ctrl-C: one line, no traceback
+        assert status == 130 and stderr.strip().splitlines() == [f"stopped; go on with: python train.py --resume {out}"]
+    assert 0 < load_checkpoint(out)[1]["step"] < 40
+    result = command("train.py", "--resume", out, "--no-progress")
+    assert result.returncode == 0, result.stderr
+    assert_same_weights(out, uninterrupted)
+    timeless = [[{k: v for k, v in r.items() if k != "tokens_per_second"} for r in records(f)] for f in (out, uninterrupted)]
+    assert timeless[0] == timeless[1]                                       # no step twice, none missing
+
+
+def test_resuming_a_finished_run_says_so_and_changes_nothing(uninterrupted):
+    before = (uninterrupted / "checkpoint.pt").read_bytes()
+    result = command("train.py", "--resume", uninterrupted)
+    assert result.returncode == 0 and "finished" in result.stdout
+    assert (uninterrupted / "checkpoint.pt").read_bytes() == before
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(corpus, tmp_path):
+    out = tmp_path / "diverges"
+    status = command(*start(corpus, out, 8)).returncode
+    assert status == 0
+    model, state = load_checkpoint(out)
+    state["args"]["steps"], state["args"]["lr"] = 400, float("inf")         # the next steps can only go wrong
+    save_checkpoint(out / "checkpoint.pt", model, **{k: v for k, v in state.items() if k not in ("gpt_config", "heads_config")})
+    good = weights(out)
+    result = command("train.py", "--resume", out, "--no-progress")
+    assert result.returncode == 1
+    assert len(result.stderr.strip().splitlines()) == 1 and "not finite at step 10" in result.stderr
+    assert all(torch.equal(good[k], v) and v.isfinite().all() for k, v in weights(out).items())
+
+
+# Checkpoints
+
+def test_a_checkpoint_brings_back_the_same_model(tmp_path):
+    model = tiny_model(kind="block", own=True, n_layer=2)
+    save_checkpoint(tmp_path / "checkpoint.pt", model, step=3)
+    again, state = load_checkpoint(tmp_path)
+    assert state["step"] == 3 and again.heads_config == model.heads_config and again.gpt.config == model.gpt.config
+    for k, v in model.state_dict().items():
+        assert torch.equal(again.state_dict()[k], v), k
+    assert again.gpt.lm_head.weight is again.gpt.transformer.wte.weight     # still tied
+
+
+def test_a_disk_that_is_full_leaves_the_previous_checkpoint(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(path, tiny_model(), step=1)
+    before = path.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, hard))     # no file may grow beyond this: a full disk
+    try:
+        with pytest.raises(OSError, match="cannot save a checkpoint.*previous one is kept"):
+            save_checkpoint(path, tiny_model(seed=1), step=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["checkpoint.pt"]
+
+
+def test_a_truncated_or_foreign_checkpoint_is_refused(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    with pytest.raises(InputError, match="no checkpoint"):
+        load_checkpoint(tmp_path)
+    save_checkpoint(path, tiny_model(), step=1)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:len(whole) // 2])
+    with pytest.raises(InputError, match="damaged"):
+        load_checkpoint(path)
+    path.write_text("not a checkpoint at all")
+    with pytest.raises(InputError, match="not a checkpoint"):
+        load_checkpoint(path)
+    for foreign in ({"weights": torch.ones(3)}, [1, 2], {"gpt_config": {"depth": 3}, "heads_config": {}, "model": {}}):
+        torch.save(foreign, path)
+        with pytest.raises(InputError, match="not a checkpoint"):
+            load_checkpoint(path)
+
+
+def test_loading_a_checkpoint_never_runs_code_hidden_in_it(tmp_path):
+    class Attack:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "owned"), "w"))
+    torch.save({"model": Attack()}, tmp_path / "checkpoint.pt")
+    with pytest.raises(InputError):
+        load_checkpoint(tmp_path)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_a_checkpoint_whose_heads_do_not_fit_is_refused(tmp_path):
+    save_checkpoint(tmp_path / "checkpoint.pt", tiny_model((1, 2, 3)), step=1)
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    state["heads_config"]["offsets"] = (1, 2, 3, 4)
+    torch.save(state, tmp_path / "checkpoint.pt")
+    with pytest.raises(InputError, match="not a checkpoint of this train.py"):
+        load_checkpoint(tmp_path)
+
+
+# Bad input: one line on stderr, status 2, nothing lost
+
+@pytest.mark.parametrize("options, words", [
+    (["--data", "no/such/corpus"], ["no/such/corpus", "prepare.py"]), (["--offsets", "2,3"], ["start with 1"]),
+    (["--offsets", "1,x"], ["numbers"]), (["--n-embd", "31"], ["multiple of n_head"]), (["--steps", "0"], ["--steps"]),
+    (["--batch-size", "0"], ["--batch-size"]), (["--device", "tpu"], ["not available"]),
+    (["--offsets", "1,40"], ["beyond the model's context"]), (["--block-size", "90000"], ["shorter", "90001"]),
+    (["--head-layers", "0"], ["at least one layer"]), (["--lr", "-1"], ["--lr"])])
+def test_bad_options_are_one_line(options, words, corpus, tmp_path):
+    data = [] if "--data" in options else ["--data", corpus]
+    assert_one_line_error(command("train.py", *data, "--out", tmp_path / "run", *TINY, *options), *words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_never_overwritten_by_accident(run_folder, corpus):
+    before = (run_folder / "checkpoint.pt").read_bytes()
+    result = command("train.py", "--data", corpus, "--out", run_folder, *TINY)
+    assert_one_line_error(result, "already holds a run", "--resume", "--overwrite")
+    assert (run_folder / "checkpoint.pt").read_bytes() == before
+
+
+def test_resuming_nothing_or_on_another_corpus_is_refused(run_folder, corpus, tmp_path):
+    assert_one_line_error(command("train.py", "--resume", tmp_path), "no checkpoint")
+    model, state = load_checkpoint(run_folder)
+    state.update(step=30, corpus="another")
+    for key in ("gpt_config", "heads_config"):
+        state.pop(key)
+    save_checkpoint(tmp_path / "checkpoint.pt", model, **state)
+    assert_one_line_error(command("train.py", "--resume", tmp_path), "not the corpus")
