@@ -480,10 +480,8 @@ def parse_args():
 def report(run, args):
     """Everything decode.py shows about one run. -> its results as a dict for --out."""
     model, state = load_checkpoint(run)
-    device = pick_device(args.device)
+    device, config = pick_device(args.device), model.gpt.config
     model = model.to(device).eval()
-    config = model.gpt.config
-    tokenizer = get_tokenizer(state["tokenizer"])
     methods = default_methods(model.offsets)
     if args.methods:
         methods = [check_offsets(parse_offsets(m), model.offsets) for m in args.methods]
@@ -496,9 +494,11 @@ def report(run, args):
         if corpus.meta["tokenizer"] != state["tokenizer"]:
             raise InputError(f"{corpus.folder} is in {corpus.meta['tokenizer']} tokens, {run} was trained on "
                              f"{state['tokenizer']}; prepare it with --tokenizer {state['tokenizer']}")
+        tokenizer = corpus.tokenizer
         prompts = corpus.windows("val", args.prompts, args.prompt_tokens).tolist()
         windows = corpus.windows("val", 64, config.block_size + 1)
     else:
+        tokenizer = get_tokenizer(state["tokenizer"])
         prompts = [tokenizer.encode_ordinary(args.prompt)]
     check_prompts(prompts, args.new_tokens, config)
 
@@ -530,6 +530,11 @@ def report(run, args):
 def main():
     args = parse_args()
     try:
+        for name in ("prompts", "prompt_tokens", "batch_size", "rounds"):
+            if getattr(args, name) < 1:
+                raise InputError(f"--{name.replace('_', '-')} must be at least 1")
+        if args.out and not os.path.isdir(os.path.dirname(args.out) or "."):  # now, not after all the work
+            raise InputError(f"--out {args.out}: there is no such folder")
         results = [report(run, args) for run in args.runs]
         if args.out:
             with open(args.out, "w") as f:

@@ -1,17 +1,19 @@
 """Lesson 4: how blocks of guesses are checked, how looking back fills the holes, and why the output cannot change."""
 import itertools
+import json
 import math
 
 import pytest
 import torch
 import transformers
 
-from conftest import tiny_gpt, tiny_model
+from conftest import assert_one_line_error, command, tiny_gpt, tiny_model
 from decode import (Decoder, Generation, compare, default_methods, expected_tokens_per_step, filter_logits, gumbel_noise,
                     held_out_acceptance, method_name, trace)
 from data.prepare import get_tokenizer
 from heads import HeadsConfig, MultiTokenGPT, draft_sources
 from model import InputError
+from train import load_checkpoint, save_checkpoint
 
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11, 12]]                     # ragged on purpose
 METHODS = [(1,), (1, 2, 3, 4), (1, 3, 5, 7), (1, 4, 7), (1, 2, 3, 4, 5, 7)]
@@ -354,3 +356,50 @@ def test_prompts_that_cannot_be_continued_are_refused(prompts, new, message):
 def test_decoders_that_cannot_be_are_refused(options, message):
     with pytest.raises(InputError, match=message):
         Decoder(tiny_model(), **options)
+
+
+# The command line
+
+FAST = ["--compile", "no", "--device", "cpu", "--prompts", "2", "--prompt-tokens", "8", "--new-tokens", "12", "--rounds", "1"]
+
+
+def test_the_command_prints_a_table_for_greedy_sampled_and_real_text_and_writes_it_as_json(run_folder, tmp_path):
+    result = command("decode.py", run_folder, *FAST, "--trace", "--out", tmp_path / "table.json")
+    assert result.returncode == 0, result.stderr
+    for title in ("greedy text", "sampled text, temperature 1", "held-out text"):
+        assert title in result.stdout
+    assert result.stdout.count("identical") == 2 * 4 and "DIFFERENT" not in result.stdout
+    results = json.loads((tmp_path / "table.json").read_text())
+    assert [r["method"] for r in results[0]["generated"]] == 2 * ["NTP", "MTP", "leap k=2", "mixed"]
+    assert results[0]["environment"]["torch"] == torch.__version__
+
+
+def test_the_command_continues_a_prompt_of_ones_own(run_folder):
+    result = command("decode.py", run_folder, *FAST, "--prompt", "def f7(")
+    assert result.returncode == 0, result.stderr
+    assert "def f7(" in result.stdout and "held-out" not in result.stdout
+
+
+@pytest.mark.parametrize("options, words", [
+    (["--prompt", ""], ["prompt is empty"]), (["--prompt", "x" * 40], ["exceed", "context of 32"]),
+    (["--new-tokens", "30"], ["exceed"]), (["--new-tokens", "0"], ["at least 1"]), (["--methods", "1,6"], ["offset 6"]),
+    (["--methods", "2,3"], ["start with 1"]), (["--methods", "one"], ["numbers"]), (["--data", "no/corpus"], ["no/corpus"]),
+    (["--temperature", "-1"], ["temperature"]), (["--top-p", "3"], ["top_p"]), (["--device", "tpu"], ["not available"]),
+    (["--prompts", "0"], ["--prompts"]), (["--batch-size", "0"], ["--batch-size"]), (["--rounds", "0"], ["--rounds"]),
+    (["--prompt-tokens", "0"], ["--prompt-tokens"]), (["--out", "no/such/folder/x.json"], ["no/such/folder"])])
+def test_bad_options_are_one_line(options, words, run_folder):
+    assert_one_line_error(command("decode.py", run_folder, *FAST, *options), *words)
+
+
+def test_a_missing_or_foreign_run_is_one_line(tmp_path, corpus):
+    assert_one_line_error(command("decode.py", tmp_path / "nothing"), "no checkpoint", "train.py")
+    assert_one_line_error(command("decode.py", corpus / "train.bin"), "not a checkpoint")
+
+
+def test_a_corpus_with_another_tokenizer_is_refused(run_folder, corpus, tmp_path):
+    model, state = load_checkpoint(run_folder)
+    state = {k: v for k, v in state.items() if k not in ("gpt_config", "heads_config")}
+    save_checkpoint(tmp_path / "checkpoint.pt", model, **{**state, "tokenizer": "gpt2"})
+
+    result = command("decode.py", tmp_path, *FAST, "--data", corpus)
+    assert_one_line_error(result, "is in bytes tokens", "--tokenizer gpt2")
