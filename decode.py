@@ -28,6 +28,7 @@ import re
 import shutil
 import statistics
 import sys
+import sysconfig
 import time
 from dataclasses import dataclass
 from types import FunctionType, MethodType, SimpleNamespace
@@ -117,7 +118,8 @@ class Decoder:
 
         self.head_offsets = sorted({o for o, _ in self.sources.values()})   # the H heads that are used
         self.heads = [model.heads[str(o)] for o in self.head_offsets]
-        self.unembeddings = [model.unembeddings[str(o)] for o, _ in self.sources.values()] if model.unembeddings else None
+        own = model.unembeddings                                            # empty unless each head has its own
+        self.unembeddings = [own[str(o)] for o, _ in self.sources.values()] if own else None
         self.stacked = None                                                 # per layer of residual blocks, all heads:
         if self.heads and isinstance(self.heads[0], ResBlockHead):          # weight (H, C, C) and bias (H, C)
             self.stacked = [(torch.stack([l.weight for l in layer]), torch.stack([l.bias for l in layer]))
@@ -128,7 +130,7 @@ class Decoder:
         self.source_index = torch.tensor([(self.W - 1 - b) * H + self.head_offsets.index(o)   # into (W, H) flattened
                                           for o, b in self.sources.values()], device=self.device, dtype=torch.long)
         self.depth = torch.arange(self.N, device=self.device)
-        self.slots = self.config.block_size + self.N                        # the last block may reach beyond the context
+        self.slots = self.config.block_size + self.N                        # the last block may overshoot the context
         self.states = {}
         self.step = compile_step(self) if compile else self._step
 
@@ -184,8 +186,8 @@ class Decoder:
     def _draft(self, s, z, last, root):
         """Guess the tokens after `root` (B,), which stands at s.position, and write the next block.
 
-        z (B, n, H, C): head outputs at the n positions just read; last (B,): index among them of the newest valid one,
-        t, where root is x_{t+1}. The draft for distance j stands at t + j and is read from (offset o, look-back b).
+        z (B, n, H, C): head outputs at the n positions just read; last (B,): index among them of the newest valid
+        one, t, where root is x_{t+1}. The draft for distance j stands at t + j and comes from (offset o, look-back b).
         """
         if self.N == 1:
             return s.block.copy_(root[:, None])
@@ -346,7 +348,9 @@ def held_out_acceptance(model, windows, sources):
 def method_name(offsets):
     """NTP, MTP, leap with its stride, or mixed."""
     strides = {b - a for a, b in zip(offsets, offsets[1:])}
-    return "NTP" if not strides else "mixed" if len(strides) > 1 else "MTP" if strides == {1} else f"leap k={strides.pop()}"
+    if len(strides) > 1:
+        return "mixed"
+    return {0: "NTP", 1: "MTP"}.get(stride := max(strides, default=0), f"leap k={stride}")
 
 
 def default_methods(offsets):
@@ -409,8 +413,10 @@ def print_table(title, records):
     print(f"{'method':10}{'offsets':14}{'tokens/step':>12}{'tokens/s':>10}{'speedup':>9}{'/step':>7}  "
           f"{'text':11}accepted at distance 2, 3, ...")
     for r in records:
-        timed = f"{r['tokens_per_second']:10,.0f}{r['speedup']:8.2f}x{r['efficiency']:7.2f}  " if "speedup" in r else " " * 28
-        text = "" if "identical" not in r else "identical" if r["identical"] else "DIFFERENT"
+        timed, text = " " * 28, ""                                          # held-out text is not generated
+        if "speedup" in r:
+            timed = f"{r['tokens_per_second']:10,.0f}{r['speedup']:8.2f}x{r['efficiency']:7.2f}  "
+            text = "identical" if r["identical"] else "DIFFERENT"
         print(f"{r['method']:10}{','.join(map(str, r['offsets'])):14}{r['tokens_per_step']:12.2f}{timed}{text:11}"
               + " ".join(f"{share:4.0%}" for share in r["accepted"].values()))
 
@@ -421,7 +427,8 @@ SHADES = (157, 121, 86, 81, 75, 105, 141, 177)                                # 
 def trace(generation, sources, tokenizer, color=True):
     """The first row's new text, showing where each token came from: the model itself (plain), or a draft, shaded by
     its distance and underlined where it was made by looking back. Without colour each step stands in brackets."""
-    style = {j: f"38;5;16;48;5;{SHADES[min(j - 2, len(SHADES) - 1)]}" + (";4" if b else "") for j, (_, b) in sources.items()}
+    style = {j: f"38;5;16;48;5;{SHADES[min(j - 2, len(SHADES) - 1)]}" + (";4" if b else "")
+             for j, (_, b) in sources.items()}
     decoder, out, text = codecs.getincrementaldecoder("utf-8")("replace"), [], ""
     for token, distance in zip(generation.tokens[0], generation.distances[0]):
         text += decoder.decode(tokenizer.decode_single_token_bytes(token))  # a character may take several tokens
@@ -452,11 +459,11 @@ def environment(device):
 def parse_args():
     p = argparse.ArgumentParser(
         prog="decode.py", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        description="Generate the same text with NTP, MTP and leap decoding and compare: tokens per step, tokens per second, "
-                    "speedup over NTP, and that speedup over tokens per step (1 would mean that drafting is free).")
+        description="Generate the same text with NTP, MTP and leap decoding and compare: tokens per step, tokens per "
+                    "second, speedup over NTP, and that speedup over tokens per step (1: drafting costs nothing).")
     p.add_argument("runs", nargs="+", metavar="RUN", help="run folder or checkpoint made by train.py")
-    p.add_argument("--methods", nargs="+", metavar="OFFSETS", help="what to compare, as in: 1 1,2,3,4 1,3,5,7; default: all "
-                   "that the model's offsets allow")
+    p.add_argument("--methods", nargs="+", metavar="OFFSETS", help="what to compare, as in: 1 1,2,3,4 1,3,5,7; "
+                   "default: what the model's offsets allow")
     p.add_argument("--data", help="corpus whose held-out half gives the prompts; default: the one trained on")
     p.add_argument("--prompt", help="continue this text instead")
     p.add_argument("--trace", action="store_true", help="show the text, each token marked by where it came from")
@@ -464,17 +471,26 @@ def parse_args():
     p.add_argument("--prompt-tokens", type=int, default=64, help="their length")
     p.add_argument("--new-tokens", type=int, default=160, help="tokens to generate after each")
     p.add_argument("--batch-size", type=int, default=1, help="prompts decoded at once")
-    p.add_argument("--temperature", type=float, default=1.0, help="of the sampled text; greedy text is always shown too")
+    p.add_argument("--temperature", type=float, default=1.0, help="of the sampled text; greedy text is always there")
     p.add_argument("--top-k", type=int, help="sample among the k most probable tokens only")
     p.add_argument("--top-p", type=float, help="sample among the most probable tokens with this total probability only")
     p.add_argument("--seed", type=int, default=0, help="of the sampling noise")
     p.add_argument("--rounds", type=int, default=3, help="timed repetitions; the table shows medians")
-    p.add_argument("--compile", default="auto", choices=["auto", "yes", "no"], help="torch.compile the step; auto: on a GPU, "
-                   "and on a CPU with a C++ compiler")
+    p.add_argument("--compile", default="auto", choices=["auto", "yes", "no"],
+                   help="torch.compile the step; auto: if there is a C++ compiler with Python's headers")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    p.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="in bfloat16 a near-tie may flip a token")
+    p.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"],
+                   help="in bfloat16 a near-tie may flip a token")
     p.add_argument("--out", metavar="FILE", help="also write the table as JSON")
     return p.parse_args()
+
+
+def can_compile(device):
+    """Whether torch.compile has what it needs, on a CPU as on a GPU: a C++ compiler and Python's headers."""
+    if device.type == "mps":                                                # there it is still a prototype
+        return False
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    return bool(shutil.which(compiler)) and os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h"))
 
 
 def report(run, args):
@@ -486,8 +502,7 @@ def report(run, args):
     if args.methods:
         methods = [check_offsets(parse_offsets(m), model.offsets) for m in args.methods]
         methods = list(dict.fromkeys([(1,)] + methods))                     # the baseline comes first
-    compile = args.compile == "yes" or args.compile == "auto" and (
-        device.type == "cuda" or bool(shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")))
+    compile = args.compile == "yes" or args.compile == "auto" and can_compile(device)
     windows = None
     if args.prompt is None:
         corpus = Corpus(args.data or state["args"]["data"])
@@ -503,11 +518,13 @@ def report(run, args):
     check_prompts(prompts, args.new_tokens, config)
 
     n = sum(p.numel() for p in model.parameters())
+    how = "compiled" if compile else "eager" if args.compile == "no" else "eager (no C++ compiler with Python headers)"
     print(f"{run}: {n / 1e6:.2f}M parameters, offsets {model.offsets}, {state['step']} steps; {len(prompts)} prompts, "
-          f"{args.new_tokens} new tokens each, batch {args.batch_size}, {'compiled' if compile else 'eager'}, "
-          f"{args.dtype} on {device}, {torch.get_num_threads()} threads")
-    records, generations = compare(model, methods, prompts, args.new_tokens, (0.0, args.temperature), args.rounds, compile,
-                                   getattr(torch, args.dtype), args.top_k, args.top_p, args.seed, args.batch_size)
+          f"{args.new_tokens} new tokens each, batch {args.batch_size}, {how}, {args.dtype} on {device}, "
+          f"{torch.get_num_threads()} threads")
+    records, generations = compare(
+        model, methods, prompts, args.new_tokens, (0.0, args.temperature), args.rounds, compile,
+        getattr(torch, args.dtype), args.top_k, args.top_p, args.seed, args.batch_size)
     for t, title in ((0.0, "greedy text"), (args.temperature, f"sampled text, temperature {args.temperature:g}")):
         print_table(title, [r for r in records if r["temperature"] == t])
     held_out = []

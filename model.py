@@ -179,11 +179,6 @@ class GPT(nn.Module):
         loss = None if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         return logits, loss
 
-    def num_params(self, embeddings=True):
-        """Number of parameters; embeddings=False leaves out the two lookup tables (the unembedding still counts)."""
-        n = sum(p.numel() for p in self.parameters())
-        return n if embeddings else n - self.transformer.wpe.weight.numel()
-
     # -----------------------------------------------------------------------------------------------------------------
     # GPT-2 weights in and out. OpenAI stored some matrices transposed ("Conv1D"), and Hugging Face kept that.
 
@@ -229,7 +224,7 @@ class GPT(nn.Module):
         for key, p in self.state_dict().items():
             if key != "lm_head.weight":                                     # tied; transformers ties it again
                 tensors[key] = (p.T if is_conv1d(key) else p).detach().cpu().contiguous()
-                if not config.bias and key.endswith(".weight") and p.dim() <= 2 and "wte" not in key and "wpe" not in key:
+                if not config.bias and "wte" not in key and "wpe" not in key:   # transformers knows GPT-2 with biases
                     tensors[key.replace(".weight", ".bias")] = torch.zeros(p.shape[0], dtype=p.dtype)
         hf_config = dict(
             architectures=["GPT2LMHeadModel"], model_type="gpt2", activation_function="gelu_new",

@@ -68,8 +68,8 @@ def lr_factor(step, steps, warmup, final):
 # Checkpoints
 
 def save_checkpoint(path, model, **state):
-    """Write model and state (step, optimizers, arguments, ...) to `path` so that it is always whole: into a file beside it, to
-    the disk, then renamed. Raises OSError when that fails (a full disk); the previous checkpoint then still stands."""
+    """Write model and state (step, optimizers, arguments, ...) to `path` so that it is always whole: into a file beside
+    it, flushed to the disk, then renamed. Raises OSError when that fails; the previous checkpoint then still stands."""
     path = Path(path)
     part = path.with_name(path.name + ".part")
     try:
@@ -217,7 +217,7 @@ def train(args, model=None, state=None):
             f.write(json.dumps(record) + "\n")
 
     stop = []                                                               # a signal is obeyed between two steps
-    handlers = {s: signal.signal(s, lambda number, frame: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {s: signal.signal(s, lambda number, _: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, offsets {model.offsets}, on {device}, "
           f"{args.dtype}; run folder {out}")
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, unit="step", dynamic_ncols=True,
@@ -233,8 +233,8 @@ def train(args, model=None, state=None):
                 losses = {o: float(l) for o, l in losses.items()}
                 if not math.isfinite(norm + sum(losses.values())):
                     kept = out / "checkpoint.pt"
-                    raise Diverged(f"the loss is not finite at step {done}; lower --lr or raise --warmup. "
-                                   + (f"{kept} of an earlier step stands" if kept.exists() else "Nothing was saved yet"))
+                    raise Diverged(f"the loss is not finite at step {done}: lower --lr or raise --warmup. "
+                                   + (f"{kept} of an earlier step stands" if kept.exists() else "Nothing is saved yet"))
                 now = time.perf_counter()
                 speed, since, seen = tokens_per_step * (done - seen) / (now - since), now, done
                 use = mfu(model, speed, device)
@@ -270,12 +270,13 @@ def parse_args(argv=None):
                     "(1,3,5,7) or any other offsets. Ctrl-C saves and stops; --resume RUN goes on.")
     p.add_argument("--data", default="data/python", help="corpus folder made by data/prepare.py")
     p.add_argument("--out", default="runs/new", help="run folder: checkpoint.pt and metrics.jsonl")
-    p.add_argument("--resume", metavar="RUN", help="go on with this run and its settings; only --device, --compile and "
-                   "--no-progress are taken from the command line")
+    p.add_argument("--resume", metavar="RUN", help="go on with this run and its settings; of the other options only "
+                   "--device, --compile and --no-progress count")
     p.add_argument("--overwrite", action="store_true", help="start anew where --out already holds a checkpoint")
     g = p.add_argument_group("heads")
-    g.add_argument("--offsets", default="1,2,3,4", help="what to predict from each position: 1 is the next token; 1,3,5,7 leaps")
-    g.add_argument("--head-kind", default="resblock", choices=["resblock", "block"], help="residual blocks, or transformer layers")
+    g.add_argument("--offsets", default="1,2,3,4", help="what each position predicts: 1 is the next token")
+    g.add_argument("--head-kind", default="resblock", choices=["resblock", "block"],
+                   help="residual blocks, or transformer layers")
     g.add_argument("--head-layers", type=int, default=1, help="layers per head")
     g.add_argument("--own-unembedding", action="store_true", help="each head trains its own copy of the unembedding")
     g.add_argument("--head-weight", type=float, default=1.0, help="weight of each head's loss against offset 1's")
@@ -289,7 +290,8 @@ def parse_args(argv=None):
     g.add_argument("--steps", type=int, default=2000, help="optimizer steps")
     g.add_argument("--batch-size", type=int, default=8, help="sequences per forward pass")
     g.add_argument("--accumulate", type=int, default=1, help="forward passes per optimizer step")
-    g.add_argument("--optimizer", default="muon", choices=["muon", "adamw"], help="muon: Muon for hidden matrices, AdamW for the rest")
+    g.add_argument("--optimizer", default="muon", choices=["muon", "adamw"],
+                   help="muon: Muon for hidden matrices, AdamW for the rest")
     g.add_argument("--lr", type=float, default=1e-2, help="highest learning rate; about 1e-3 for adamw")
     g.add_argument("--final-lr", type=float, default=0.0, help="last learning rate as a share of the highest")
     g.add_argument("--warmup", type=int, default=100, help="steps of linear warm-up")
@@ -298,9 +300,10 @@ def parse_args(argv=None):
     g.add_argument("--seed", type=int, default=0, help="initial weights, batches and dropout")
     g = p.add_argument_group("machine")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    g.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="bfloat16 runs under autocast; auto: bfloat16 on CUDA")
+    g.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
+                   help="bfloat16 runs under autocast; auto: bfloat16 where the hardware has it")
     g.add_argument("--compile", action="store_true", help="torch.compile the trunk (needs a C++ compiler on a CPU)")
-    g.add_argument("--eval-every", type=int, default=500, help="steps between validations; each also saves a checkpoint")
+    g.add_argument("--eval-every", type=int, default=500, help="steps between validations, which also save")
     g.add_argument("--eval-windows", type=int, default=64, help="held-out windows per validation")
     g.add_argument("--log-every", type=int, default=10, help="steps between lines in metrics.jsonl")
     g.add_argument("--no-progress", dest="progress", action="store_false", help="no progress bar")
