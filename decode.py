@@ -20,15 +20,15 @@ import argparse
 import codecs
 import copy
 import datetime
+import itertools
 import json
 import math
+import operator
 import os
 import platform
 import re
-import shutil
 import statistics
 import sys
-import sysconfig
 import time
 from dataclasses import dataclass
 from types import FunctionType, MethodType, SimpleNamespace
@@ -96,8 +96,8 @@ class Decoder:
 
     offsets: those of the model's that may draft; (1,) is plain next-token decoding, None means all of them.
     sources: {distance: (offset, look-back)} for distances 2..N; None means heads.draft_sources(offsets).
-    temperature 0 is greedy; top_k and top_p as usual; seed decides the noise. dtype: run a copy in torch.bfloat16, say.
-    compile: let torch.compile make one program of the step. The weights are taken as they are now.
+    temperature 0 is greedy; top_k and top_p as usual; seed decides the noise. dtype: decode with a copy in, say,
+    torch.bfloat16. compile: let torch.compile make one program of the step. After more training, make a new Decoder.
     Raises InputError for offsets the model lacks and for sources with a hole.
     """
 
@@ -109,7 +109,9 @@ class Decoder:
             raise InputError(f"temperature must be 0 (greedy) or positive, not {temperature}")
         if top_k is not None and top_k < 1 or top_p is not None and not 0 < top_p <= 1:
             raise InputError(f"top_k must be at least 1 and top_p in (0, 1], not {top_k} and {top_p}")
-        model = copy.deepcopy(model).eval().requires_grad_(False).to(dtype or model.gpt.lm_head.weight.dtype)
+        dtype = dtype or model.gpt.lm_head.weight.dtype
+        if model.training or dtype != model.gpt.lm_head.weight.dtype:
+            model = copy.deepcopy(model).eval().to(dtype)
         self.gpt, self.offsets, self.top_k, self.top_p = model.gpt, offsets, top_k, top_p
         self.config = self.gpt.config
         weight = self.gpt.lm_head.weight
@@ -120,10 +122,12 @@ class Decoder:
         self.heads = [model.heads[str(o)] for o in self.head_offsets]
         own = model.unembeddings                                            # empty unless each head has its own
         self.unembeddings = [own[str(o)] for o, _ in self.sources.values()] if own else None
-        self.stacked = None                                                 # per layer of residual blocks, all heads:
-        if self.heads and isinstance(self.heads[0], ResBlockHead):          # weight (H, C, C) and bias (H, C)
-            self.stacked = [(torch.stack([l.weight for l in layer]), torch.stack([l.bias for l in layer]))
-                            for layer in zip(*(head.blocks for head in self.heads))]
+        # The residual blocks of all heads as one product: for each of their layers weight (H, C, C) and bias (H, C).
+        self.stacked = None
+        if self.heads and isinstance(self.heads[0], ResBlockHead):
+            with torch.no_grad():
+                self.stacked = [(torch.stack([l.weight for l in layer]), torch.stack([l.bias for l in layer]))
+                                for layer in zip(*(head.blocks for head in self.heads))]
         self.N = 1 + len(self.sources)                                      # the block: the root and its drafts
         self.W = 1 + max((b for _, b in self.sources.values()), default=0)  # positions that drafts are read from
         H = len(self.heads)
@@ -131,11 +135,10 @@ class Decoder:
                                           for o, b in self.sources.values()], device=self.device, dtype=torch.long)
         self.depth = torch.arange(self.N, device=self.device)
         self.slots = self.config.block_size + self.N                        # the last block may overshoot the context
-        self.states = {}
-        self.step = compile_step(self) if compile else self._step
+        self.states, self.compile = {}, compile
 
     def _state(self, B):
-        """All memory of a generation of B rows, allocated once and reused, so that a compiled step finds it again."""
+        """The step and all the memory of a generation of B rows, made once and reused."""
         if B not in self.states:
             new = dict(device=self.device, dtype=torch.long)
             caches = [KVCache(self.config.n_layer, self.config.n_embd, B, self.slots, self.device, self.dtype)]
@@ -151,7 +154,8 @@ class Decoder:
                 carry=torch.zeros(B, self.W - 1, len(self.heads), self.config.n_embd, device=self.device,
                                   dtype=self.dtype),                        # head outputs at the positions before t
                 row=torch.arange(B, **new)[:, None],
-                caches=caches,
+                noise_row=torch.zeros(B, 1, **new),                         # the row that keys the sampling noise
+                caches=caches, step=compile_step(self) if self.compile else self._step,
                 steps=torch.zeros(B, **new), accepted=torch.zeros(self.N, **new))
         s = self.states[B]
         for t in (s.tokens, s.distance, s.carry, s.steps, s.accepted):
@@ -177,7 +181,7 @@ class Decoder:
         h = self.gpt.hidden_states(idx, position.clamp(max=self.config.block_size - 1), s.caches[0], slots, mask)
         if self.stacked is None:
             z = [head(h, cache, slots, mask) for head, cache in zip(self.heads, s.caches[1:])]
-            return h, torch.stack(z, dim=2) if z else h[:, :, None, :][:, :, :0]
+            return h, torch.stack(z, dim=2) if z else None
         z = h[:, :, None]                                                   # (B, n, 1, C)
         for weight, bias in self.stacked:                                   # all heads in one product
             z = z + F.silu(torch.einsum("bnhc,hdc->bnhd", z.expand(-1, -1, len(bias), -1), weight) + bias)
@@ -199,14 +203,14 @@ class Decoder:
             logits = torch.stack([unembed(z[:, i]) for i, unembed in enumerate(self.unembeddings)], dim=1)
         else:
             logits = self.gpt.lm_head(z)                                    # (B, N - 1, V)
-        drafts = self.pick(logits, s.row, s.position[:, None] + self.depth[1:])
+        drafts = self.pick(logits, s.noise_row, s.position[:, None] + self.depth[1:])
         s.block.copy_(torch.cat([root[:, None], drafts], dim=1))
 
     def _step(self, s):
         """One step of all rows. Nothing in it waits for the host, and every shape is fixed."""
         h, z = self._forward(s, s.block)
         place = s.position[:, None] + 1 + self.depth                        # (B, N) where each target stands
-        target = self.pick(self.gpt.lm_head(h), s.row, place)               # what the model emits after each node
+        target = self.pick(self.gpt.lm_head(h), s.noise_row, place)               # what the model emits after each node
         guess = F.pad(s.block[:, 1:], (0, 1), value=-1)                     # what the block had there
         n = torch.where(guess != target, self.depth, self.N).amin(1)        # accepted drafts = place of the first miss
 
@@ -221,25 +225,28 @@ class Decoder:
         self._draft(s, z, n, target.gather(1, n[:, None])[:, 0])
 
     @torch.no_grad()
-    def generate(self, prompts, max_new_tokens, stop_token=None):
+    def generate(self, prompts, max_new_tokens, stop_token=None, first_row=0):
         """Continue each prompt (a list of token lists, of any lengths) by up to max_new_tokens. -> Generation.
 
+        first_row: number of the first prompt's row in the sampling noise, so that a large set of prompts gives the same
+        texts however it is cut into batches.
         Raises InputError for an empty prompt, token ids out of range, or more tokens than the context holds.
         """
         prompts = [[int(t) for t in p] for p in prompts]
-        check_prompts(prompts, max_new_tokens, self.config)
+        check_prompts(prompts, max_new_tokens, self.config, stop_token)
         start = self._clock()
         B, lengths = len(prompts), torch.tensor([len(p) for p in prompts], device=self.device)
         s = self._state(B)
         text = torch.zeros(B, int(lengths.max()), dtype=torch.long)         # ragged prompts, padded on the right: what
         for i, p in enumerate(prompts):                                     # is cached beyond a prompt's end is
             text[i, :len(p)] = torch.tensor(p)                              # overwritten before anyone may see it
+        s.noise_row.copy_(s.row + first_row)
         s.stop.fill_(-1 if stop_token is None else stop_token)
         s.limit.copy_(lengths + max_new_tokens - 1)
         s.position.zero_()
         h, z = self._forward(s, text.to(self.device))                       # the prompt is a block at position 0
         s.position.copy_(lengths)
-        first = self.pick(self.gpt.lm_head(h[s.row[:, 0], lengths - 1])[:, None], s.row, lengths[:, None])
+        first = self.pick(self.gpt.lm_head(h[s.row[:, 0], lengths - 1])[:, None], s.noise_row, lengths[:, None])
         s.tokens.scatter_(1, lengths[:, None], first)
         s.distance.scatter_(1, lengths[:, None], 1)
         s.limit.copy_(torch.where(first[:, 0] == s.stop, s.position, s.limit))
@@ -247,7 +254,7 @@ class Decoder:
         while (left := int((s.limit - s.position).max())) > 0:              # the host looks here, and only here:
             sure = -(-left // self.N)                                       # at least so many steps are still needed,
             for _ in range(sure if stop_token is None else min(sure, 16)):  # unless a stop token comes
-                self.step(s)
+                s.step(s)
         seconds = self._clock() - start
 
         ends = (s.limit + 1).tolist()
@@ -284,8 +291,10 @@ def check_sources(sources, offsets):
     return dict(sorted(sources.items()))
 
 
-def check_prompts(prompts, max_new_tokens, config):
+def check_prompts(prompts, max_new_tokens, config, stop_token=None):
     """Raise InputError unless all prompts can be continued by max_new_tokens."""
+    if stop_token is not None and not 0 <= stop_token < config.vocab_size:
+        raise InputError(f"the stop token must be one of 0..{config.vocab_size - 1}, not {stop_token}")
     if not prompts:
         raise InputError("there is no prompt")
     if max_new_tokens < 1:
@@ -322,11 +331,17 @@ def held_out_acceptance(model, windows, sources):
     windows (B, T + 1) int64, sources {distance: (offset, look-back)} -> tokens per step of a decoder that walks along
     the real text, and {distance j: a_j} as in expected_tokens_per_step, over all positions.
     """
-    windows = windows.to(model.gpt.lm_head.weight.device)
-    h = model.gpt.hidden_states(windows[:, :-1])                            # (B, T, C)
-    guess = {o: model.offset_logits(h, o).argmax(-1) for o, _ in sources.values()}          # [:, t] is about t + o
     N, first = 1 + len(sources), max((b for _, b in sources.values()), default=0)
     end = windows.shape[1] - N                                              # t runs over first..end - 1
+    if end <= first:
+        raise InputError(f"windows of {windows.shape[1]} tokens are too short for drafts of {N - 1}")
+    windows = windows.to(model.gpt.lm_head.weight.device)
+    guess = {o: [] for o, _ in sources.values()}                            # [:, t] is about token t + o
+    for part in windows.split(4):                                           # logits are large: a few rows at a time
+        h = model.gpt.hidden_states(part[:, :-1])                           # (4, T, C)
+        for o in guess:
+            guess[o].append(model.offset_logits(h, o).argmax(-1))
+    guess = {o: torch.cat(parts) for o, parts in guess.items()}             # (B, T)
     accepted = torch.zeros(len(windows), end - first, dtype=torch.long, device=windows.device)
     alive, share = torch.ones_like(accepted), {}
     for j, (o, b) in sources.items():
@@ -380,15 +395,15 @@ def compare(model, methods, prompts, new_tokens, temperatures=(0.0, 1.0), rounds
             decoders[m] = Decoder(model, m, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, dtype=dtype,
                                   compile=compile)
             for size in {len(b) for b in batches}:
-                decoders[m].generate(batches[0][:1] * size, min(new_tokens, 4 * decoders[m].N))
+                decoders[m].generate(prompts[:1] * size, min(new_tokens, 4 * decoders[m].N))
             bar.update()
         speed = {m: [] for m in methods}
         for r in range(rounds):
             last = {m: [] for m in methods}
             bar.set_description(f"temperature {temperature:g}, round {r + 1}")
-            for batch in batches:                                           # all methods take turns at each batch
+            for i, batch in enumerate(batches):                             # all methods take turns at each batch
                 for m, decoder in decoders.items():
-                    last[m].append(decoder.generate(batch, new_tokens))
+                    last[m].append(decoder.generate(batch, new_tokens, first_row=i * batch_size))
             bar.update(len(methods))
             for m, done in last.items():
                 speed[m].append(sum(len(t) for g in done for t in g.tokens) / sum(g.seconds for g in done))
@@ -410,12 +425,12 @@ def compare(model, methods, prompts, new_tokens, temperatures=(0.0, 1.0), rounds
 def print_table(title, records):
     """Print records of `compare`, or of held_out_acceptance in the same form, as a table."""
     print(f"\n{title}")
-    print(f"{'method':10}{'offsets':14}{'tokens/step':>12}{'tokens/s':>10}{'speedup':>9}{'/step':>7}  "
+    print(f"{'method':10}{'offsets':14}{'tokens/step':>12}{'tokens/s':>10}{'speedup':>9}{'efficiency':>12}  "
           f"{'text':11}accepted at distance 2, 3, ...")
     for r in records:
-        timed, text = " " * 28, ""                                          # held-out text is not generated
+        timed, text = " " * 33, ""                                          # held-out text is not generated
         if "speedup" in r:
-            timed = f"{r['tokens_per_second']:10,.0f}{r['speedup']:8.2f}x{r['efficiency']:7.2f}  "
+            timed = f"{r['tokens_per_second']:10,.0f}{r['speedup']:8.2f}x{r['efficiency']:12.2f}  "
             text = "identical" if r["identical"] else "DIFFERENT"
         print(f"{r['method']:10}{','.join(map(str, r['offsets'])):14}{r['tokens_per_step']:12.2f}{timed}{text:11}"
               + " ".join(f"{share:4.0%}" for share in r["accepted"].values()))
@@ -467,9 +482,13 @@ def parse_args():
     p.add_argument("--data", help="corpus whose held-out half gives the prompts; default: the one trained on")
     p.add_argument("--prompt", help="continue this text instead")
     p.add_argument("--trace", action="store_true", help="show the text, each token marked by where it came from")
+    p.add_argument("--color", default="auto", choices=["auto", "always", "never"],
+                   help="of the trace; auto: on a terminal")
     p.add_argument("--prompts", type=int, default=32, help="how many held-out prompts")
-    p.add_argument("--prompt-tokens", type=int, default=64, help="their length")
-    p.add_argument("--new-tokens", type=int, default=160, help="tokens to generate after each")
+    p.add_argument("--prompt-tokens", type=int, default=argparse.SUPPRESS,
+                   help="their length (default: 64, or a quarter of the context if that is less)")
+    p.add_argument("--new-tokens", type=int, default=argparse.SUPPRESS,
+                   help="tokens to generate after each (default: 160, or what the context has room for)")
     p.add_argument("--batch-size", type=int, default=1, help="prompts decoded at once")
     p.add_argument("--temperature", type=float, default=1.0, help="of the sampled text; greedy text is always there")
     p.add_argument("--top-k", type=int, help="sample among the k most probable tokens only")
@@ -477,64 +496,72 @@ def parse_args():
     p.add_argument("--seed", type=int, default=0, help="of the sampling noise")
     p.add_argument("--rounds", type=int, default=3, help="timed repetitions; the table shows medians")
     p.add_argument("--compile", default="auto", choices=["auto", "yes", "no"],
-                   help="torch.compile the step; auto: if there is a C++ compiler with Python's headers")
+                   help="torch.compile the step; auto: if that works here (it needs a C++ compiler)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     p.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"],
                    help="in bfloat16 a near-tie may flip a token")
     p.add_argument("--out", metavar="FILE", help="also write the table as JSON")
+    p.error = lambda message: p.exit(2, f"decode.py: error: {message}\n")   # one line, without the usage
     return p.parse_args()
 
 
 def can_compile(device):
-    """Whether torch.compile has what it needs, on a CPU as on a GPU: a C++ compiler and Python's headers."""
-    if device.type == "mps":                                                # there it is still a prototype
+    """Whether torch.compile works here, found out by trying: it needs a working C++ compiler, Python's headers, ..."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
+    except Exception:                                                       # whatever it is, eager mode will do
         return False
-    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-    return bool(shutil.which(compiler)) and os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h"))
+    return device.type != "mps"                                             # there it is still a prototype
 
 
-def report(run, args):
+def report(run, model, state, args):
     """Everything decode.py shows about one run. -> its results as a dict for --out."""
-    model, state = load_checkpoint(run)
     device, config = pick_device(args.device), model.gpt.config
     model = model.to(device).eval()
     methods = default_methods(model.offsets)
     if args.methods:
         methods = [check_offsets(parse_offsets(m), model.offsets) for m in args.methods]
         methods = list(dict.fromkeys([(1,)] + methods))                     # the baseline comes first
-    compile = args.compile == "yes" or args.compile == "auto" and can_compile(device)
-    windows = None
     if args.prompt is None:
         corpus = Corpus(args.data or state["args"]["data"])
         if corpus.meta["tokenizer"] != state["tokenizer"]:
             raise InputError(f"{corpus.folder} is in {corpus.meta['tokenizer']} tokens, {run} was trained on "
                              f"{state['tokenizer']}; prepare it with --tokenizer {state['tokenizer']}")
         tokenizer = corpus.tokenizer
-        prompts = corpus.windows("val", args.prompts, args.prompt_tokens).tolist()
-        windows = corpus.windows("val", 64, config.block_size + 1)
+        length = getattr(args, "prompt_tokens", min(64, max(1, config.block_size // 4)))
+        prompts = corpus.windows("val", args.prompts, length).tolist()
     else:
         tokenizer = get_tokenizer(state["tokenizer"])
         prompts = [tokenizer.encode_ordinary(args.prompt)]
-    check_prompts(prompts, args.new_tokens, config)
+    new_tokens = getattr(args, "new_tokens", max(1, min(160, config.block_size - len(prompts[0]))))
+    check_prompts(prompts, new_tokens, config)
+    compile = args.compile != "no" and can_compile(device)
+    if args.compile == "yes" and not compile:
+        raise InputError("torch.compile does not work here; it needs a C++ compiler and Python's headers")
 
     n = sum(p.numel() for p in model.parameters())
-    how = "compiled" if compile else "eager" if args.compile == "no" else "eager (no C++ compiler with Python headers)"
+    how = "compiled" if compile else "eager" if args.compile == "no" else "eager (torch.compile does not work here)"
     print(f"{run}: {n / 1e6:.2f}M parameters, offsets {model.offsets}, {state['step']} steps; {len(prompts)} prompts, "
-          f"{args.new_tokens} new tokens each, batch {args.batch_size}, {how}, {args.dtype} on {device}, "
+          f"{new_tokens} new tokens each, batch {args.batch_size}, {how}, {args.dtype} on {device}, "
           f"{torch.get_num_threads()} threads")
+    titles = {args.temperature: f"sampled text, temperature {args.temperature:g}", 0.0: "greedy text"}
     records, generations = compare(
-        model, methods, prompts, args.new_tokens, (0.0, args.temperature), args.rounds, compile,
-        getattr(torch, args.dtype), args.top_k, args.top_p, args.seed, args.batch_size)
-    for t, title in ((0.0, "greedy text"), (args.temperature, f"sampled text, temperature {args.temperature:g}")):
-        print_table(title, [r for r in records if r["temperature"] == t])
+        model, methods, prompts, new_tokens, sorted(titles), args.rounds, compile, getattr(torch, args.dtype),
+        args.top_k, args.top_p, args.seed, args.batch_size)
+    for temperature, title in sorted(titles.items()):
+        print_table(title, [r for r in records if r["temperature"] == temperature])
     held_out = []
-    if windows is not None:
-        for m in methods:
-            per_step, share = held_out_acceptance(model, windows, draft_sources(m))
-            held_out.append(dict(method=method_name(m), offsets=m, tokens_per_step=per_step, accepted=share))
-        print_table("held-out text, teacher forcing (accepted: given that all nearer drafts were)", held_out)
+    for m in methods if args.prompt is None else ():
+        if 2 * m[-1] < config.block_size:                                   # else no window is long enough
+            windows = corpus.windows("val", 64, config.block_size + 1)
+            per_step, a = held_out_acceptance(model, windows, draft_sources(m))
+            held_out.append(dict(method=method_name(m), offsets=m, tokens_per_step=per_step, acceptance=a,
+                                 expected_tokens_per_step=expected_tokens_per_step(a.values()),
+                                 accepted=dict(zip(a, itertools.accumulate(a.values(), operator.mul)))))
+    if held_out:
+        print_table("held-out text, teacher forcing", held_out)
     if args.trace or args.prompt is not None:
-        color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        color = args.color == "always" or args.color == "auto" and sys.stdout.isatty() and "NO_COLOR" not in os.environ
         for m in methods[1:] or methods:
             g = generations[args.temperature][m][0]
             print(f"\n{method_name(m)} {','.join(map(str, m))}, temperature {args.temperature:g}, "
@@ -548,20 +575,31 @@ def main():
     args = parse_args()
     try:
         for name in ("prompts", "prompt_tokens", "batch_size", "rounds"):
-            if getattr(args, name) < 1:
+            if getattr(args, name, 1) < 1:
                 raise InputError(f"--{name.replace('_', '-')} must be at least 1")
-        if args.out and not os.path.isdir(os.path.dirname(args.out) or "."):  # now, not after all the work
-            raise InputError(f"--out {args.out}: there is no such folder")
-        results = [report(run, args) for run in args.runs]
+        loaded = [(run, *load_checkpoint(run)) for run in args.runs]        # what is wrong is said before work starts
+        for run, _, state in loaded:
+            if not {"args", "step", "tokenizer"} <= state.keys():
+                raise InputError(f"{run} holds a model but not what train.py saves beside it")
         if args.out:
-            with open(args.out, "w") as f:
+            if os.path.isdir(args.out):
+                raise InputError(f"--out {args.out} is a folder; name a file")
+            with open(args.out + ".part", "w"):                             # can it be written?
+                pass
+        results = [report(run, model, state, args) for run, model, state in loaded]
+        if args.out:
+            with open(args.out + ".part", "w") as f:
                 json.dump(results, f, indent=1)
+            os.replace(args.out + ".part", args.out)
     except (InputError, CorpusError, OSError) as error:
         print(f"decode.py: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
+    finally:
+        if args.out and os.path.exists(args.out + ".part"):
+            os.remove(args.out + ".part")
 
 
 if __name__ == "__main__":

@@ -155,16 +155,14 @@ class MultiTokenGPT(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # The joint loss
 
-def offset_loss(model, h, idx, offset):
-    """Mean cross-entropy (nats) of one offset, and its number of right top-1 guesses as a mean. Both scalars.
+def predictions_and_targets(model, h, idx, offset):
+    """What one offset says beside what is right: logits (n, V) and tokens (n,), with n = B * (T - offset).
 
-    h (B, T-1, C): hidden states of idx[:, :-1]; idx (B, T). Offset o compares position t with token t + o, so the last
+    h (B, T - 1, C): hidden states of idx[:, :-1]; idx (B, T). Offset o at position t is about token t + o, so the last
     o - 1 positions have no target.
     """
     targets = idx[:, offset:]                                               # (B, T - o)
-    logits = model.offset_logits(h[:, :targets.shape[1]], offset).flatten(0, 1)             # (B * (T - o), V)
-    targets = targets.flatten()
-    return F.cross_entropy(logits, targets), (logits.argmax(-1) == targets).float().mean()
+    return model.offset_logits(h[:, :targets.shape[1]], offset).flatten(0, 1), targets.flatten()
 
 
 def joint_loss(model, idx, weights=None, backward=False, scale=1.0):
@@ -180,7 +178,7 @@ def joint_loss(model, idx, weights=None, backward=False, scale=1.0):
     h = hidden.detach().requires_grad_(backward)                            # the heads' gradients meet in h.grad
     losses = {}
     for o in model.offsets:
-        loss, _ = offset_loss(model, h, idx, o)
+        loss = F.cross_entropy(*predictions_and_targets(model, h, idx, o))
         if backward:
             (scale * (weights or {}).get(o, 1.0) * loss).backward()
         losses[o] = loss.detach()

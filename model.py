@@ -13,7 +13,7 @@ Read it top to bottom: config, cache, attention, block, GPT, GPT-2 weights in an
 import json
 import math
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -196,7 +196,9 @@ class GPT(nn.Module):
         if path.is_dir():
             found = [path / f for f in ("model.safetensors", "pytorch_model.bin") if (path / f).exists()]
             if not found:
-                raise InputError(f"{path} holds neither model.safetensors nor pytorch_model.bin")
+                split = " in one piece (it is split into several; save it again with a larger max_shard_size)"
+                raise InputError(f"{path} holds neither model.safetensors nor pytorch_model.bin"
+                                 + split * bool(list(path.glob("*.index.json"))))
             path = found[0]
         if not path.exists():
             raise InputError(f"{path} does not exist; give a folder, a file, or one of {', '.join(GPT2_NAMES)}")
@@ -234,9 +236,17 @@ class GPT(nn.Module):
             bos_token_id=config.vocab_size - 1, eos_token_id=config.vocab_size - 1)
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(hf_config, indent=2) + "\n")
-        save_file(tensors, folder / "model.safetensors.part", metadata={"format": "pt"})
-        os.replace(folder / "model.safetensors.part", folder / "model.safetensors")
+        names = ("model.safetensors", "config.json")
+        parts = [folder / f"{name}.part" for name in names]
+        try:                                                                # both are whole before either is in place
+            save_file(tensors, parts[0], metadata={"format": "pt"})
+            parts[1].write_text(json.dumps(hf_config, indent=2) + "\n")
+            for name, part in zip(names, parts):
+                os.replace(part, folder / name)
+        except Exception as error:                                          # safetensors has an error of its own
+            for part in parts:
+                part.unlink(missing_ok=True)
+            raise OSError(f"cannot save the model to {folder}: {error}") from None
 
 
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
@@ -249,13 +259,15 @@ def is_conv1d(key):
 
 def download_gpt2(name):
     """Fetch config.json and model.safetensors of a GPT-2 size into the cache, unless they are there. -> folder."""
-    from data.prepare import download                                       # only a download needs it
+    from data.prepare import CorpusError, download                          # only a download needs it
     import_safetensors()                                                    # fail before the download, not after it
     cache = Path(os.environ.get("MTP_CACHE", Path.home() / ".cache" / "multi-token-prediction")) / name
     for file in ("config.json", "model.safetensors"):
         if not (cache / file).exists():
-            cache.mkdir(parents=True, exist_ok=True)
-            download(f"https://huggingface.co/openai-community/{name}/resolve/main/{file}", cache / file)
+            try:
+                download(f"https://huggingface.co/openai-community/{name}/resolve/main/{file}", cache / file)
+            except CorpusError as error:
+                raise InputError(f"{error}; or give the folder of a GPT-2 that you have") from None
     return cache
 
 
@@ -273,10 +285,13 @@ def read_gpt2_config(path):
     for key, value in expected.items():
         if c.get(key, value) != value or "model_type" not in c:
             raise InputError(f"{path}: {key} is {c.get(key)!r}; only GPT-2 with {key}={value!r} can be loaded")
-    if c.get("n_inner") not in (None, 4 * c["n_embd"]):
-        raise InputError(f"{path}: n_inner is {c['n_inner']}; only four times n_embd can be loaded")
-    return GPTConfig(block_size=c["n_positions"], vocab_size=c["vocab_size"], n_layer=c["n_layer"],
-                     n_head=c["n_head"], n_embd=c["n_embd"], dropout=c.get("resid_pdrop", 0.0))
+    try:
+        if c.get("n_inner") not in (None, 4 * c["n_embd"]):
+            raise InputError(f"{path}: n_inner is {c['n_inner']}; only four times n_embd can be loaded")
+        return GPTConfig(block_size=c["n_positions"], vocab_size=c["vocab_size"], n_layer=c["n_layer"],
+                         n_head=c["n_head"], n_embd=c["n_embd"], dropout=c.get("resid_pdrop", 0.0))
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{path} lacks a part of a GPT-2's shape, or it is no number: {error}") from None
 
 
 def read_tensors(path):

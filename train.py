@@ -15,6 +15,7 @@ import argparse
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -23,16 +24,17 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from data.loader import Corpus
 from data.prepare import CorpusError
-from heads import HeadsConfig, MultiTokenGPT, joint_loss, offset_loss, parse_offsets
+from heads import HeadsConfig, MultiTokenGPT, joint_loss, parse_offsets, predictions_and_targets
 from model import GPT, GPTConfig, InputError
 
 
 class Diverged(Exception):
-    """The loss became NaN or infinite."""
+    """The loss or the weights became NaN or infinite."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -46,8 +48,8 @@ def make_optimizers(model, name, lr, weight_decay):
     it needs far fewer steps. match_rms_adamw scales its updates so that the same learning rate suits both.
     """
     hidden, matrices, vectors = [], [], []
-    for name_, p in model.named_parameters():
-        in_layer = ".h." in name_ or name_.startswith("heads.")
+    for key, p in model.named_parameters():
+        in_layer = ".h." in key or key.startswith("heads.")
         (vectors if p.dim() < 2 else hidden if in_layer and name == "muon" else matrices).append(p)
     optimizers = [torch.optim.AdamW([dict(params=matrices, weight_decay=weight_decay),
                                      dict(params=vectors, weight_decay=0.0)], lr=lr, betas=(0.9, 0.95))]
@@ -121,9 +123,10 @@ def evaluate(model, windows, batch_size, autocast=nullcontext):
         with autocast():
             h = model.gpt.hidden_states(idx[:, :-1])
             for o in model.offsets:
-                l, a = offset_loss(model, h, idx, o)
-                loss[o] += l.item() * len(idx) / len(windows)
-                accuracy[o] += a.item() * len(idx) / len(windows)
+                logits, targets = predictions_and_targets(model, h, idx, o)
+                share = len(idx) / len(windows)
+                loss[o] += F.cross_entropy(logits, targets).item() * share
+                accuracy[o] += (logits.argmax(-1) == targets).float().mean().item() * share
     model.train()
     return loss, accuracy
 
@@ -134,12 +137,14 @@ PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "4090": 165e12, "L
 def mfu(model, tokens_per_second, device):
     """Model FLOPs utilisation: the 6N + 12LCT FLOPs per token that training needs (PaLM, appendix B) over what the
     GPU's data sheet promises. None on a CPU or an unknown GPU."""
-    peak = next((p for name, p in PEAK_FLOPS.items() if name in torch.cuda.get_device_name()), None) \
-        if device.type == "cuda" else None
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    peak = next((p for key, p in PEAK_FLOPS.items() if re.search(rf"\b{key}\b", name)), None)
     if peak is None:
         return None
     c = model.gpt.config
-    n = sum(p.numel() for p in model.parameters()) + (len(model.offsets) - 1) * model.gpt.lm_head.weight.numel()
+    n = sum(p.numel() for p in model.parameters())
+    if not model.unembeddings:                                              # the shared one works for each head
+        n += len(model.heads) * model.gpt.lm_head.weight.numel()
     return tokens_per_second * (6 * n + 12 * c.n_layer * c.n_embd * c.block_size) / peak
 
 
@@ -164,8 +169,8 @@ def train_step(model, optimizers, corpus, step, args, autocast):
     return losses, torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
 
 
-def restore(state, optimizers, corpus, out):
-    """Put a checkpoint's state back: optimizers, random numbers, and metrics.jsonl up to its step. -> that step."""
+def restore(state, optimizers, corpus):
+    """Put a checkpoint's state back into optimizers and random number generators. -> the steps it has done."""
     if state["corpus"] != corpus.meta["train_sha256"]:
         raise InputError(f"{corpus.folder} is not the corpus that this run was started on; prepare that one again")
     for optimizer, saved in zip(optimizers, state["optimizers"]):
@@ -173,10 +178,20 @@ def restore(state, optimizers, corpus, out):
     torch.set_rng_state(state["rng"])
     if state["cuda_rng"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda_rng"])
-    metrics = out / "metrics.jsonl"                                         # later lines are about to be written again;
-    lines = metrics.read_text().splitlines() if metrics.exists() else []    # the last may be cut short
-    metrics.write_text("".join(l + "\n" for l in lines if l.endswith("}") and json.loads(l)["step"] <= state["step"]))
     return state["step"]
+
+
+def trim_metrics(path, step):
+    """Drop from metrics.jsonl what comes after `step`, which is about to be done again, and a line cut short."""
+    kept = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            kept += [line] if json.loads(line)["step"] <= step else []
+        except ValueError:
+            pass
+    part = path.with_name(path.name + ".part")
+    part.write_text("".join(line + "\n" for line in kept))
+    os.replace(part, path)
 
 
 def train(args, model=None, state=None):
@@ -185,7 +200,7 @@ def train(args, model=None, state=None):
     Returns the model. Raises InputError and CorpusError for bad input, Diverged when the loss is not finite, OSError
     when saving fails, KeyboardInterrupt after Ctrl-C (once a checkpoint is saved).
     """
-    device, out = torch.device(args.device), Path(args.out)
+    device, out, metrics = torch.device(args.device), Path(args.out), Path(args.out) / "metrics.jsonl"
     corpus = Corpus(args.data)
     torch.manual_seed(args.seed)
     if model is None:
@@ -196,15 +211,11 @@ def train(args, model=None, state=None):
     windows = corpus.windows("val", args.eval_windows, model.gpt.config.block_size + 1)
     corpus.batch("train", 1, model.gpt.config.block_size + 1, step=0)       # too small a corpus fails now, not later
     optimizers = make_optimizers(model, args.optimizer, args.lr, args.weight_decay)
-    out.mkdir(parents=True, exist_ok=True)
-    if state:
-        first = restore(state, optimizers, corpus, out)
-    else:
-        first = 0
-        (out / "metrics.jsonl").write_text("")
+    first = restore(state, optimizers, corpus) if state else 0
     autocast = (lambda: torch.autocast(device.type, torch.bfloat16)) if args.dtype == "bfloat16" else nullcontext
-    if args.compile:                                                        # the trunk; heads are a few products each
-        model.gpt.hidden_states = torch.compile(model.gpt.hidden_states)
+    if args.compile:                                                        # one program, used by every layer
+        for block in model.gpt.transformer.h:
+            block.compile()
 
     def save(step):
         save_checkpoint(out / "checkpoint.pt", model, step=step, args=vars(args), corpus=corpus.meta["train_sha256"],
@@ -213,9 +224,13 @@ def train(args, model=None, state=None):
                         cuda_rng=torch.cuda.get_rng_state(device) if device.type == "cuda" else None)
 
     def log(**record):
-        with open(out / "metrics.jsonl", "a") as f:
+        with open(metrics, "a") as f:
             f.write(json.dumps(record) + "\n")
 
+    out.mkdir(parents=True, exist_ok=True)
+    if not state:
+        save(0)                                                             # from here on the run can be resumed
+    trim_metrics(metrics, first if state else -1)
     stop = []                                                               # a signal is obeyed between two steps
     handlers = {s: signal.signal(s, lambda number, _: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, offsets {model.offsets}, on {device}, "
@@ -223,34 +238,37 @@ def train(args, model=None, state=None):
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, unit="step", dynamic_ncols=True,
                disable=None if args.progress else True)
     tokens_per_step = args.batch_size * args.accumulate * model.gpt.config.block_size
-    since, seen, val = time.perf_counter(), first, ""
+    since, seen = time.perf_counter(), first
+    advice = f": lower --lr or raise --warmup. {out / 'checkpoint.pt'} of an earlier step stands"
     try:
         for step in bar:
             losses, norm = train_step(model, optimizers, corpus, step, args, autocast)
-            done = step + 1
-            check = done == args.steps or done % args.eval_every == 0
-            if check or stop or done % args.log_every == 0:                 # look: the only wait for the device
+            done, stopping = step + 1, bool(stop)
+            validate = done == args.steps or done % args.eval_every == 0
+            if validate or stopping or done % args.log_every == 0:          # look: the only wait for the device
                 losses = {o: float(l) for o, l in losses.items()}
                 if not math.isfinite(norm + sum(losses.values())):
-                    kept = out / "checkpoint.pt"
-                    raise Diverged(f"the loss is not finite at step {done}: lower --lr or raise --warmup. "
-                                   + (f"{kept} of an earlier step stands" if kept.exists() else "Nothing is saved yet"))
+                    raise Diverged(f"the loss is not finite at step {done}" + advice)
                 now = time.perf_counter()
                 speed, since, seen = tokens_per_step * (done - seen) / (now - since), now, done
-                use = mfu(model, speed, device)
+                utilisation = mfu(model, speed, device)
                 log(step=done, loss={o: round(l, 4) for o, l in losses.items()}, grad_norm=round(float(norm), 4),
-                    lr=optimizers[0].param_groups[0]["lr"], tokens_per_second=round(speed), mfu=use)
+                    lr=optimizers[0].param_groups[0]["lr"], tokens_per_second=round(speed), mfu=utilisation)
                 bar.set_postfix_str(" ".join(f"{o}:{l:.2f}" for o, l in losses.items()) + f", {speed / 1e3:.1f}k tok/s"
-                                    + (f", MFU {use:.0%}" if use else "") + val)
+                                    + (f", MFU {utilisation:.0%}" if utilisation else ""))
             for optimizer in optimizers:
                 optimizer.step()
-            if check:
+            if (validate or stopping) and not all(p.isfinite().all() for p in model.parameters()):
+                raise Diverged(f"the weights are not finite after step {done}" + advice)
+            if validate:
                 loss, accuracy = evaluate(model, windows, args.batch_size, autocast)
                 log(step=done, val_loss=loss, val_accuracy=accuracy)
-                val, since = f", val {loss[1]:.3f}", time.perf_counter()
-            if check or stop:
+                bar.write(f"step {done}, held-out nats and accuracy by offset: "
+                          + "  ".join(f"{o}: {loss[o]:.3f} {accuracy[o]:.0%}" for o in model.offsets))
+                since = time.perf_counter()
+            if validate or stopping:
                 save(done)
-            if stop:
+            if stopping:
                 raise KeyboardInterrupt
     finally:
         bar.close()
@@ -292,21 +310,23 @@ def parse_args(argv=None):
     g.add_argument("--accumulate", type=int, default=1, help="forward passes per optimizer step")
     g.add_argument("--optimizer", default="muon", choices=["muon", "adamw"],
                    help="muon: Muon for hidden matrices, AdamW for the rest")
-    g.add_argument("--lr", type=float, default=1e-2, help="highest learning rate; about 1e-3 for adamw")
+    g.add_argument("--lr", type=float, default=5e-3, help="highest learning rate; about 1e-3 for adamw")
     g.add_argument("--final-lr", type=float, default=0.0, help="last learning rate as a share of the highest")
     g.add_argument("--warmup", type=int, default=100, help="steps of linear warm-up")
     g.add_argument("--weight-decay", type=float, default=0.1, help="on matrices")
     g.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
     g.add_argument("--seed", type=int, default=0, help="initial weights, batches and dropout")
     g = p.add_argument_group("machine")
-    g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    g.add_argument("--device", default=argparse.SUPPRESS, help="auto (the default), cpu, cuda, cuda:1, mps")
     g.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
                    help="bfloat16 runs under autocast; auto: bfloat16 where the hardware has it")
-    g.add_argument("--compile", action="store_true", help="torch.compile the trunk (needs a C++ compiler on a CPU)")
+    g.add_argument("--compile", action="store_true", default=argparse.SUPPRESS,
+                   help="torch.compile the layers (needs a C++ compiler)")
     g.add_argument("--eval-every", type=int, default=500, help="steps between validations, which also save")
     g.add_argument("--eval-windows", type=int, default=64, help="held-out windows per validation")
     g.add_argument("--log-every", type=int, default=10, help="steps between lines in metrics.jsonl")
     g.add_argument("--no-progress", dest="progress", action="store_false", help="no progress bar")
+    p.error = lambda message: p.exit(2, f"train.py: error: {message}\n")    # one line, without the usage
     return p.parse_args(argv)
 
 
@@ -315,40 +335,55 @@ def pick_device(name):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        return torch.empty(0, device=name).device
+        if torch.device(name).type in ("cpu", "cuda", "mps"):
+            return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError):
-        raise InputError(f"device {name!r} is not available here; try --device cpu") from None
+        pass
+    raise InputError(f"device {name!r} is not available here; try --device cpu")
 
 
 def pick_dtype(name, device):
-    """"auto" is bfloat16 where the hardware multiplies in it (CUDA, and CPUs with AVX512-BF16 or AMX), else float32."""
-    if name == "auto":
-        fast = device.type == "cuda" or device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-        name = "bfloat16" if fast else "float32"
-    return name
+    """"auto" is bfloat16 where the hardware multiplies in it (GPUs since Ampere, CPUs with AVX512-BF16)."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:                                                                   # a private function: it may be missing
+        fast = device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+    return "bfloat16" if fast else "float32"
 
 
 def check_args(args):
     """Fill in what "auto" means here. Raises InputError for values that cannot be meant."""
     args.offsets = parse_offsets(args.offsets)
-    args.device = str(pick_device(args.device))
+    args.compile = getattr(args, "compile", False)
+    args.device = str(pick_device(getattr(args, "device", "auto")))
     args.dtype = pick_dtype(args.dtype, torch.device(args.device))
     for name in ("steps", "batch_size", "accumulate", "eval_every", "eval_windows", "log_every"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1")
     for name in ("lr", "clip"):
-        if not getattr(args, name) > 0:
-            raise InputError(f"--{name} must be positive")
+        if not 0 < getattr(args, name) < math.inf:
+            raise InputError(f"--{name} must be positive and finite")
+    for name, most in dict(warmup=2**63, weight_decay=1, head_weight=1e9, final_lr=1, seed=2**63 - 1).items():
+        if not 0 <= getattr(args, name) <= most:
+            raise InputError(f"--{name.replace('_', '-')} must be in 0..{most:g}, not {getattr(args, name)}")
+    if not args.out or Path(args.out).exists() and not Path(args.out).is_dir():
+        raise InputError(f"--out must be a folder, not {args.out!r}")
 
 
 def main():
     args = parse_args()
     try:
         model = state = None
-        if args.resume:
+        if args.resume is not None:
             model, state = load_checkpoint(args.resume)
-            args = argparse.Namespace(**{**state["args"], "out": args.resume, "device": str(pick_device(args.device)),
-                                         "compile": args.compile, "progress": args.progress})
+            if "args" not in state:
+                raise InputError(f"{args.resume} holds a model but not the state of a run; it cannot be resumed")
+            now = {k: v for k, v in vars(args).items() if k in ("device", "compile", "progress")}
+            out = Path(args.resume)
+            args = argparse.Namespace(**{**state["args"], **now, "out": str(out if out.is_dir() else out.parent)})
+            args.device = str(pick_device(args.device))
             if state["step"] >= args.steps:
                 return print(f"{args.out} is finished: {state['step']} of {args.steps} steps")
         else:
@@ -359,6 +394,11 @@ def main():
         print(f"done: python decode.py {args.out}")
     except (InputError, CorpusError, OSError) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise                                                           # a bug: its traceback is wanted
+        print("train.py: error: not enough memory; lower --batch-size, --block-size or the model", file=sys.stderr)
         sys.exit(2)
     except Diverged as error:
         print(f"train.py: {error}", file=sys.stderr)

@@ -111,10 +111,10 @@ def download(url, target, size=None, sha256=None):
                 bar.update(len(chunk))
         if size not in (None, received) or sha256 not in (None, digest.hexdigest()):
             raise CorpusError(f"{url} gave {received} bytes with SHA-256 {digest.hexdigest()[:8]}, expected "
-                              f"{size} with {(sha256 or 'any')[:8]}: try again, or use --from PATH")
+                              f"{size} with {(sha256 or 'any')[:8]}: try again")
         os.replace(part, target)
     except (OSError, http.client.HTTPException) as error:
-        raise CorpusError(f"cannot download {url}: {error}; try again, or use --from PATH") from error
+        raise CorpusError(f"cannot download {url}: {error}; try again") from error
     finally:
         part.unlink(missing_ok=True)
 
@@ -132,7 +132,10 @@ def raw_bytes(name, local=None):
         if not path.is_file():
             raise CorpusError(f"no file {path}: --from takes the folder that holds {Path(name).name}")
     elif not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
-        download(url, path, size, sha256)
+        try:
+            download(url, path, size, sha256)
+        except CorpusError as error:
+            raise CorpusError(f"{error}, or use --from PATH") from error
     content = path.read_bytes()
     if hashlib.sha256(content).hexdigest() != sha256:
         print(f"prepare.py: warning: {path} differs from the published {Path(name).name}", file=sys.stderr)
@@ -298,6 +301,8 @@ def prepare(source="python", tokenizer="bytes", out=None, local=None, val_fracti
     local = Path(local) if local else None
     if local and not local.exists():
         raise CorpusError(f"no file or folder {local}: --from takes the place of the raw files")
+    if not source or out == "":
+        raise CorpusError("SOURCE and --out must not be empty")
     known = source in ("python", "shakespeare", "multi30k")
     if local and not known:
         raise CorpusError("--from goes with python, shakespeare and multi30k: a path is its own source")

@@ -24,9 +24,10 @@ def tiny_gpt(seed=0, **config):
     return gpt.eval()
 
 
-def tiny_model(offsets=(1, 2, 3, 4, 5, 7), kind="resblock", untrained=False, seed=0, n_layer=1, own=False, **config):
-    """tiny_gpt with heads: as they start (untrained), or moved at random, as training would move them."""
-    model = MultiTokenGPT(tiny_gpt(seed, **config), HeadsConfig(offsets, kind, n_layer, own))
+def tiny_model(offsets=(1, 2, 3, 4, 5, 7), kind="resblock", untrained=False, seed=0, n_layer=1, own=False, gpt=None,
+               **config):
+    """tiny_gpt (or `gpt`) with heads: as they start (untrained), or moved at random, as training would move them."""
+    model = MultiTokenGPT(gpt or tiny_gpt(seed, **config), HeadsConfig(offsets, kind, n_layer, own))
     if not untrained:
         with torch.no_grad():
             for p in [*model.heads.parameters(), *model.unembeddings.parameters()]:

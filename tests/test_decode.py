@@ -7,12 +7,12 @@ import pytest
 import torch
 import transformers
 
-from conftest import assert_one_line_error, command, tiny_gpt, tiny_model
-from decode import (Decoder, Generation, compare, default_methods, expected_tokens_per_step, filter_logits,
-                    gumbel_noise, held_out_acceptance, method_name, trace)
+from conftest import assert_one_line_error, command, tiny_model
+from decode import (Decoder, Generation, can_compile, compare, default_methods, expected_tokens_per_step, filter_logits,
+                    gumbel_noise, held_out_acceptance, method_name, print_table, trace)
 from data.prepare import get_tokenizer
-from heads import HeadsConfig, MultiTokenGPT, draft_sources
-from model import InputError
+from heads import draft_sources
+from model import GPT, InputError
 from train import load_checkpoint, save_checkpoint
 
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11, 12]]                     # ragged on purpose
@@ -70,14 +70,16 @@ def reference_text(model, temperature):
     return references[key]
 
 
+@pytest.mark.parametrize("kind", ["resblock", "block"])
+@pytest.mark.parametrize("untrained", [False, True])
 @pytest.mark.parametrize("method", METHODS)
-def test_greedy_text_is_that_of_transformers_generate(method, tmp_path):
+def test_greedy_text_is_that_of_transformers_generate(method, untrained, kind, tmp_path):
     torch.manual_seed(1)
     config = transformers.GPT2Config(n_layer=2, n_head=2, n_embd=32, vocab_size=50, n_positions=64,
                                      initializer_range=0.3, bos_token_id=0, eos_token_id=0)
     theirs = transformers.GPT2LMHeadModel(config).eval()
     theirs.save_pretrained(tmp_path)
-    model = MultiTokenGPT(tiny_gpt().from_pretrained(tmp_path), HeadsConfig(METHODS[-1]))
+    model = tiny_model(kind=kind, untrained=untrained, gpt=GPT.from_pretrained(tmp_path))
     prompt = [7, 3, 3, 9]
     text = theirs.generate(torch.tensor([prompt]), max_new_tokens=60, min_new_tokens=60, do_sample=False,
                            pad_token_id=0, eos_token_id=None)
@@ -125,6 +127,7 @@ def test_generation_ends_with_the_stop_token_wherever_it_stands_in_a_block(metho
             assert text == whole[:end]
 
 
+@pytest.mark.skipif(not can_compile(torch.device("cpu")), reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_the_compiled_step_emits_the_same_text(temperature):
     model = tiny_model(n_layer=1)
@@ -199,13 +202,21 @@ def test_better_sources_can_be_chosen_by_hand():
     assert by_hand.generate([[3, 4, 5]], 25).tokens_per_step == 3
 
 
-def test_tokens_per_step_and_accepted_shares_agree_with_the_recorded_distances():
-    model = tiny_model()
-    g = Decoder(model, LEAP, temperature=1.0).generate(PROMPTS, 50)
-    steps = sum(d[1:].count(1) for d in g.distances)                        # each step ends with the model's own token
-    assert g.tokens_per_step == pytest.approx(sum(len(t) - 1 for t in g.tokens) / steps, rel=0.05)
-    for j in (2, 3):
-        assert g.accepted[j] == pytest.approx(sum(d.count(j) for d in g.distances) / steps, abs=0.05)
+def test_steps_and_accepted_shares_are_those_of_the_recorded_distances():
+    # One row stops long before the others; steps that it sits out must not count.
+    full = Decoder(tiny_model(), LEAP, temperature=1.0).generate(PROMPTS, 50)
+    stop = full.tokens[0][9]
+    g = Decoder(tiny_model(), LEAP, temperature=1.0).generate(PROMPTS, 50, stop_token=stop)
+    assert len(g.tokens[0]) <= 10
+    alone = [Decoder(tiny_model(), LEAP, temperature=1.0).generate([p], 50, stop, first_row=i)
+             for i, p in enumerate(PROMPTS)]
+    assert g.tokens == [a.tokens[0] for a in alone] and g.steps == sum(a.steps for a in alone)
+    for a in alone:                                                         # a step ends with the model's own token,
+        ends = a.distances[0][1:].count(1)                                  # unless the text ends first
+        assert ends <= a.steps <= ends + 1
+        assert a.tokens_per_step == (len(a.tokens[0]) - 1) / a.steps
+    for j in g.accepted:
+        assert g.accepted[j] == pytest.approx(sum(a.accepted[j] * a.steps for a in alone) / g.steps)
 
 
 def test_ntp_takes_one_step_per_token():
@@ -329,7 +340,25 @@ def test_compare_reports_every_method_and_finds_the_texts_identical():
     assert [r["method"] for r in records] == ["NTP", "leap k=2"] * 2
     assert all(r["identical"] for r in records)
     assert records[0]["speedup"] == 1.0 and records[0]["tokens_per_step"] == 1.0
+    assert all(r["efficiency"] == pytest.approx(r["speedup"] / r["tokens_per_step"]) for r in records)
     assert [len(t) for g in generations[1.0][LEAP] for t in g.tokens] == [20, 20, 20]
+
+
+def test_compare_notices_a_text_that_differs(monkeypatch, capsys):
+    pick = Decoder.pick                                                     # a decoder that is wrong when it drafts
+    monkeypatch.setattr(Decoder, "pick", lambda self, *a: (pick(self, *a) + (self.N > 1)) % 31)
+    records, _ = compare(tiny_model(), [NTP, LEAP], PROMPTS, 20, temperatures=[0.0], rounds=1, progress=False)
+    assert [r["identical"] for r in records] == [True, False]
+    print_table("greedy", records)
+    assert "DIFFERENT" in capsys.readouterr().out
+
+
+def test_however_prompts_are_cut_into_batches_the_sampled_texts_are_the_same():
+    texts = []
+    for size in (1, 2, 3):
+        _, generations = compare(tiny_model(), [LEAP], PROMPTS, 20, [1.0], rounds=1, batch_size=size, progress=False)
+        texts.append([t for g in generations[1.0][LEAP] for t in g.tokens])
+    assert texts[0] == texts[1] == texts[2]
 
 
 def test_a_trace_shows_the_text_with_one_bracket_per_step():
@@ -347,6 +376,16 @@ def test_a_trace_shows_the_text_with_one_bracket_per_step():
 def test_prompts_that_cannot_be_continued_are_refused(prompts, new, message):
     with pytest.raises(InputError, match=message):
         Decoder(tiny_model()).generate(prompts, new)
+
+
+def test_a_stop_token_that_does_not_exist_is_refused():
+    with pytest.raises(InputError, match="stop token"):
+        Decoder(tiny_model()).generate([[1]], 5, stop_token=31)
+
+
+def test_offsets_as_wide_as_the_context_are_refused_where_no_window_is_long_enough():
+    with pytest.raises(InputError, match="too short"):
+        held_out_acceptance(tiny_model((1, 32)), torch.zeros(2, 33, dtype=torch.long), draft_sources((1, 32)))
 
 
 @pytest.mark.parametrize("options, message", [
@@ -388,7 +427,9 @@ def test_the_command_continues_a_prompt_of_ones_own(run_folder):
     (["--methods", "2,3"], ["start with 1"]), (["--methods", "one"], ["numbers"]), (["--data", "no/such"], ["no/such"]),
     (["--temperature", "-1"], ["temperature"]), (["--top-p", "3"], ["top_p"]), (["--device", "tpu"], ["not available"]),
     (["--prompts", "0"], ["--prompts"]), (["--batch-size", "0"], ["--batch-size"]), (["--rounds", "0"], ["--rounds"]),
-    (["--prompt-tokens", "0"], ["--prompt-tokens"]), (["--out", "no/such/folder/x.json"], ["no/such/folder"])])
+    (["--prompt-tokens", "0"], ["--prompt-tokens"]), (["--out", "no/such/folder/x.json"], ["no/such/folder"]),
+    (["--out", "tests"], ["is a folder"]), (["--new-tokens", "abc"], ["--new-tokens"]),
+    (["--nonsense"], ["--nonsense"])])
 def test_bad_options_are_one_line(options, words, run_folder):
     assert_one_line_error(command("decode.py", run_folder, *FAST, *options), *words)
 

@@ -1,4 +1,5 @@
 """Lesson 3: one loop trains all offsets, and a run can be stopped anywhere without changing its result."""
+import argparse
 import json
 import os
 import resource
@@ -6,15 +7,17 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from conftest import ROOT, TINY, assert_one_line_error, command, tiny_model
 from data.loader import Corpus
 from heads import joint_loss
 from model import InputError
-from train import evaluate, load_checkpoint, lr_factor, make_optimizers, save_checkpoint
+from train import evaluate, load_checkpoint, lr_factor, make_optimizers, save_checkpoint, train_step, trim_metrics
 
 
 def weights(folder):
@@ -139,6 +142,44 @@ def test_a_run_that_was_stopped_and_resumed_ends_with_the_weights_of_one_that_wa
     assert a == b                                                           # no step twice, none missing
 
 
+def test_a_run_killed_before_its_first_validation_can_be_resumed(corpus, tmp_path):
+    out = tmp_path / "early"
+    assert run_until_step(start(corpus, out, 30, "--eval-every", "1000"), out, 2, signal.SIGKILL)[0] == -signal.SIGKILL
+    assert load_checkpoint(out)[1]["step"] == 0
+    assert command("train.py", "--resume", out, "--no-progress").returncode == 0
+    assert load_checkpoint(out)[1]["step"] == 30
+
+
+def test_a_line_of_metrics_cut_short_by_a_crash_is_dropped_on_resuming(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 4, "loss": {"1": 2.5}}\n{"step": 8, "loss": {"1": 2.0}}\n{"step": 9, "loss": {"1": 1.9}')
+    trim_metrics(path, 6)
+    assert path.read_text() == '{"step": 4, "loss": {"1": 2.5}}\n'
+
+
+def test_one_training_step_is_the_step_of_a_loop_written_by_hand(corpus):
+    # accumulate, clip, head weight, warm-up: AdamW on the mean of two batches, by hand with autograd's plain sum.
+    args = argparse.Namespace(lr=0.01, steps=10, warmup=4, final_lr=0.0, accumulate=2, batch_size=3, seed=0, clip=0.1,
+                              head_weight=0.3, device="cpu")
+    ours, by_hand = (tiny_model((1, 3), vocab_size=257, block_size=32) for _ in range(2))
+    data = Corpus(corpus)
+    optimizers = make_optimizers(ours, "adamw", args.lr, 0.1)
+    train_step(ours, optimizers, data, 1, args, nullcontext)
+    optimizers[0].step()
+    optimizer, = make_optimizers(by_hand, "adamw", args.lr * 2 / 4, 0.1)    # second of four warm-up steps
+    loss = 0
+    for micro in (2, 3):
+        idx = data.batch("train", 3, 33, step=micro)
+        for o, weight in ((1, 1.0), (3, 0.3)):
+            logits = by_hand(idx[:, :-1])[o][:, :33 - o]
+            loss += weight / 2 * F.cross_entropy(logits.flatten(0, 1), idx[:, o:].flatten())
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(by_hand.parameters(), 0.1)
+    optimizer.step()
+    for (k, a), b in zip(ours.named_parameters(), by_hand.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-5, msg=k)
+
+
 def test_resuming_a_finished_run_says_so_and_changes_nothing(uninterrupted):
     before = (uninterrupted / "checkpoint.pt").read_bytes()
     result = command("train.py", "--resume", uninterrupted)
@@ -146,17 +187,18 @@ def test_resuming_a_finished_run_says_so_and_changes_nothing(uninterrupted):
     assert (uninterrupted / "checkpoint.pt").read_bytes() == before
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(corpus, tmp_path):
+@pytest.mark.parametrize("eval_every", [1, 4])
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(eval_every, corpus, tmp_path):
     out = tmp_path / "diverges"
     status = command(*start(corpus, out, 8)).returncode
     assert status == 0
     model, state = load_checkpoint(out)
-    state["args"]["steps"], state["args"]["lr"] = 400, float("inf")         # the next steps can only go wrong
+    state["args"].update(steps=400, lr=float("inf"), eval_every=eval_every)  # the next steps can only go wrong
     save_checkpoint(out / "checkpoint.pt", model, **without_configs(state))
     good = weights(out)
     result = command("train.py", "--resume", out, "--no-progress")
     assert result.returncode == 1
-    assert len(result.stderr.strip().splitlines()) == 1 and "not finite at step 10" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1 and "not finite" in result.stderr
     assert all(torch.equal(good[k], v) and v.isfinite().all() for k, v in weights(out).items())
 
 
@@ -170,6 +212,18 @@ def test_a_checkpoint_brings_back_the_same_model(tmp_path):
     for k, v in model.state_dict().items():
         assert torch.equal(again.state_dict()[k], v), k
     assert again.gpt.lm_head.weight is again.gpt.transformer.wte.weight     # still tied
+
+
+def test_nobody_ever_sees_a_half_written_checkpoint(tmp_path):
+    model, path = tiny_model(n_embd=256), tmp_path / "checkpoint.pt"
+    save_checkpoint(path, model, step=1)
+    whole, child = path.stat().st_size, os.fork()
+    if child == 0:
+        for _ in range(20):
+            save_checkpoint(path, model, step=1)
+        os._exit(0)
+    while os.waitpid(child, os.WNOHANG) == (0, 0):                          # as a kill at this moment would leave it
+        assert path.stat().st_size == whole
 
 
 def test_a_disk_that_is_full_leaves_the_previous_checkpoint(tmp_path):
@@ -232,11 +286,21 @@ def test_a_checkpoint_whose_heads_do_not_fit_is_refused(tmp_path):
     (["--offsets", "1,x"], ["numbers"]), (["--n-embd", "31"], ["multiple of n_head"]), (["--steps", "0"], ["--steps"]),
     (["--batch-size", "0"], ["--batch-size"]), (["--device", "tpu"], ["not available"]),
     (["--offsets", "1,40"], ["beyond the model's context"]), (["--block-size", "90000"], ["shorter", "90001"]),
-    (["--head-layers", "0"], ["at least one layer"]), (["--lr", "-1"], ["--lr"])])
+    (["--head-layers", "0"], ["at least one layer"]), (["--lr", "-1"], ["--lr"]), (["--lr", "inf"], ["--lr"]),
+    (["--seed", "-1"], ["--seed"]), (["--weight-decay", "-1"], ["--weight-decay"]), (["--warmup", "-5"], ["--warmup"]),
+    (["--steps", "x"], ["--steps"]), (["--nonsense"], ["--nonsense"]), (["--device", "meta"], ["not available"]),
+    (["--n-embd", "1000000000", "--n-head", "1"], ["memory"])])
 def test_bad_options_are_one_line(options, words, corpus, tmp_path):
     data = [] if "--data" in options else ["--data", corpus]
     assert_one_line_error(command("train.py", *data, "--out", tmp_path / "run", *TINY, *options), *words)
     assert not (tmp_path / "run").exists()
+
+
+def test_an_output_that_is_a_file_or_empty_is_refused(corpus, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for out in (tmp_path / "file", ""):
+        assert_one_line_error(command("train.py", "--data", corpus, "--out", out, *TINY), "--out")
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_a_run_is_never_overwritten_by_accident(run_folder, corpus):
