@@ -20,10 +20,8 @@ import argparse
 import codecs
 import copy
 import datetime
-import itertools
 import json
 import math
-import operator
 import os
 import platform
 import re
@@ -328,8 +326,10 @@ def held_out_acceptance(model, windows, sources):
     """How real text would be drafted, by teacher forcing: every guess is made from real text and compared with it.
 
     Greedy text of a small model falls into loops that any drafter predicts; this figure does not depend on them.
-    windows (B, T + 1) int64, sources {distance: (offset, look-back)} -> tokens per step of a decoder that walks along
-    the real text, and {distance j: a_j} as in expected_tokens_per_step, over all positions.
+    windows (B, T + 1) int64, sources {distance: (offset, look-back)}. Returns three things: the tokens per step of a
+    decoder that walks along the real text; {distance j: share of its steps in which draft j is accepted}; and {j: a_j}
+    over all positions, as expected_tokens_per_step wants it. That formula says more than the walk finds: a decoder
+    takes long steps through easy text, so most of its steps begin where text is hard.
     """
     N, first = 1 + len(sources), max((b for _, b in sources.values()), default=0)
     end = windows.shape[1] - N                                              # t runs over first..end - 1
@@ -349,12 +349,13 @@ def held_out_acceptance(model, windows, sources):
         share[j] = (alive * hit).sum().item() / max(1, alive.sum().item())
         alive = alive * hit
         accepted += alive
-    steps = tokens = 0
+    lengths = []                                                            # accepted drafts of each step of the walk
     for row in accepted.tolist():
         t = 0
         while t < len(row):
-            t, steps, tokens = t + row[t] + 1, steps + 1, tokens + row[t] + 1
-    return tokens / steps, share
+            lengths.append(row[t])
+            t += row[t] + 1
+    return (1 + statistics.fmean(lengths), {j: statistics.fmean(n >= j - 1 for n in lengths) for j in sources}, share)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -488,7 +489,7 @@ def parse_args():
     p.add_argument("--prompt-tokens", type=int, default=argparse.SUPPRESS,
                    help="their length (default: 64, or a quarter of the context if that is less)")
     p.add_argument("--new-tokens", type=int, default=argparse.SUPPRESS,
-                   help="tokens to generate after each (default: 160, or what the context has room for)")
+                   help="tokens to generate after each (default: what the context has room for, at most 192)")
     p.add_argument("--batch-size", type=int, default=1, help="prompts decoded at once")
     p.add_argument("--temperature", type=float, default=1.0, help="of the sampled text; greedy text is always there")
     p.add_argument("--top-k", type=int, help="sample among the k most probable tokens only")
@@ -533,7 +534,7 @@ def report(run, model, state, args):
     else:
         tokenizer = get_tokenizer(state["tokenizer"])
         prompts = [tokenizer.encode_ordinary(args.prompt)]
-    new_tokens = getattr(args, "new_tokens", max(1, min(160, config.block_size - len(prompts[0]))))
+    new_tokens = getattr(args, "new_tokens", max(1, min(192, config.block_size - len(prompts[0]))))
     check_prompts(prompts, new_tokens, config)
     compile = args.compile != "no" and can_compile(device)
     if args.compile == "yes" and not compile:
@@ -554,10 +555,9 @@ def report(run, model, state, args):
     for m in methods if args.prompt is None else ():
         if 2 * m[-1] < config.block_size:                                   # else no window is long enough
             windows = corpus.windows("val", 64, config.block_size + 1)
-            per_step, a = held_out_acceptance(model, windows, draft_sources(m))
-            held_out.append(dict(method=method_name(m), offsets=m, tokens_per_step=per_step, acceptance=a,
-                                 expected_tokens_per_step=expected_tokens_per_step(a.values()),
-                                 accepted=dict(zip(a, itertools.accumulate(a.values(), operator.mul)))))
+            per_step, accepted, a = held_out_acceptance(model, windows, draft_sources(m))
+            held_out.append(dict(method=method_name(m), offsets=m, tokens_per_step=per_step, accepted=accepted,
+                                 acceptance=a, expected_tokens_per_step=expected_tokens_per_step(a.values())))
     if held_out:
         print_table("held-out text, teacher forcing", held_out)
     if args.trace or args.prompt is not None:

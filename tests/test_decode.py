@@ -300,9 +300,9 @@ def test_held_out_acceptance_by_brute_force(method):
     windows = torch.randint(0, 31, (3, 30))
     windows[:, 15:] = windows[:, 14:15]                                     # something that can be guessed
     sources = draft_sources(method)
-    got, share = held_out_acceptance(model, windows, sources)
+    got, accepted, share = held_out_acceptance(model, windows, sources)
     logits = model(windows[:, :-1])
-    first, steps, tokens, reached, hits = max([b for _, b in sources.values()], default=0), 0, 0, {}, {}
+    first, walked, reached, hits = max([b for _, b in sources.values()], default=0), [], {}, {}
     for row in range(3):
         length = []
         for t in range(first, 30 - 1 - len(sources)):
@@ -316,9 +316,11 @@ def test_held_out_acceptance_by_brute_force(method):
             length.append(n + 1)
         t = 0
         while t < len(length):
-            steps, tokens, t = steps + 1, tokens + length[t], t + length[t]
-    assert got == pytest.approx(tokens / steps)
+            walked.append(length[t])
+            t += length[t]
+    assert got == pytest.approx(sum(walked) / len(walked))
     for j in sources:
+        assert accepted[j] == pytest.approx(sum(n >= j for n in walked) / len(walked))
         assert share[j] == pytest.approx(hits.get(j, 0) / max(1, reached.get(j, 0)))
 
 
