@@ -13,7 +13,7 @@ demo: .venv/installed
 	$(PY) data/prepare.py python
 	@if [ -f $(RUN)/checkpoint.pt ]; then $(PY) train.py --resume $(RUN); \
 	else $(PY) train.py --data data/python --out $(RUN) --offsets 1,2,3,4,5,7 \
-		--n-layer 4 --n-head 2 --n-embd 128 --steps 4000; fi
+		--n-layer 4 --n-head 2 --n-embd 96 --steps 3600; fi
 	$(PY) decode.py $(RUN) --methods 1,2,3,4 1,3,5,7 1,2,3,4,5,7 --trace --out $(RUN)/table.json
 
 test: .venv/installed-test
