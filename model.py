@@ -27,7 +27,7 @@ class InputError(ValueError):
 
 @dataclass
 class GPTConfig:
-    """Shape of a GPT. The defaults are the toy model of the demo, but for its width: bytes."""
+    """Shape of a GPT. The defaults are a toy for bytes: 0.9M parameters, trained in minutes on a CPU."""
     block_size: int = 256     # longest sequence, in tokens
     vocab_size: int = 257     # 256 bytes and one end-of-text token
     n_layer: int = 4
