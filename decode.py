@@ -473,6 +473,7 @@ def environment(device):
 # The command line
 
 def parse_args():
+    """The command line as a namespace."""
     p = argparse.ArgumentParser(
         prog="decode.py", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description="Generate the same text with NTP, MTP and leap decoding and compare: tokens per step, tokens per "
@@ -572,6 +573,7 @@ def report(run, model, state, args):
 
 
 def main():
+    """Report on every run; bad input is one line and status 2."""
     args = parse_args()
     try:
         for name in ("prompts", "prompt_tokens", "batch_size", "rounds"):

@@ -151,9 +151,9 @@ def mfu(model, tokens_per_second, device):
 # ---------------------------------------------------------------------------------------------------------------------
 # The loop
 
-def train_step(model, optimizers, corpus, step, args, autocast):
-    """One optimizer step on `accumulate` batches. -> {offset: mean loss} and the gradient norm, on the device; the
-    update itself is left to the caller, who may want to look first."""
+def compute_gradients(model, optimizers, corpus, step, args, autocast):
+    """Set the step's learning rate and compute its clipped gradients over `accumulate` batches. The update itself is
+    left to the caller, who may want to look first. -> {offset: mean loss} and the gradient norm, on the device."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = args.lr * lr_factor(step, args.steps, args.warmup, args.final_lr)
@@ -242,7 +242,7 @@ def train(args, model=None, state=None):
     advice = f": lower --lr or raise --warmup. {out / 'checkpoint.pt'} of an earlier step stands"
     try:
         for step in bar:
-            losses, norm = train_step(model, optimizers, corpus, step, args, autocast)
+            losses, norm = compute_gradients(model, optimizers, corpus, step, args, autocast)
             done, stopping = step + 1, bool(stop)
             validate = done == args.steps or done % args.eval_every == 0
             if validate or stopping or done % args.log_every == 0:          # look: the only wait for the device
@@ -373,6 +373,7 @@ def check_args(args):
 
 
 def main():
+    """Train or resume; bad input is one line and status 2, a diverged run status 1, a stopped one 130."""
     args = parse_args()
     try:
         model = state = None

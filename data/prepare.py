@@ -353,6 +353,7 @@ def stop(message):
 
 
 def main(argv=None):
+    """Prepare what the command line asks for; bad input is one line and status 2."""
     parser = argparse.ArgumentParser(
         prog="prepare.py", formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Turn text into a corpus folder (train.bin, val.bin, meta.json) for train.py.",

@@ -17,7 +17,8 @@ from conftest import ROOT, TINY, assert_one_line_error, command, tiny_model
 from data.loader import Corpus
 from heads import joint_loss
 from model import InputError
-from train import evaluate, load_checkpoint, lr_factor, make_optimizers, save_checkpoint, train_step, trim_metrics
+from train import compute_gradients, evaluate, load_checkpoint, lr_factor, make_optimizers, \
+    save_checkpoint, trim_metrics
 
 
 def weights(folder):
@@ -164,7 +165,7 @@ def test_one_training_step_is_the_step_of_a_loop_written_by_hand(corpus):
     ours, by_hand = (tiny_model((1, 3), vocab_size=257, block_size=32) for _ in range(2))
     data = Corpus(corpus)
     optimizers = make_optimizers(ours, "adamw", args.lr, 0.1)
-    train_step(ours, optimizers, data, 1, args, nullcontext)
+    compute_gradients(ours, optimizers, data, 1, args, nullcontext)
     optimizers[0].step()
     optimizer, = make_optimizers(by_hand, "adamw", args.lr * 2 / 4, 0.1)    # second of four warm-up steps
     loss = 0
