@@ -1,25 +1,29 @@
-"""Decoding: one decoder for NTP, MTP and leap, which differ only in their offsets.
+"""Decoding: one decoder for NTP, MTP, leap and trees of candidates, which differ only in where their guesses come from.
 
     python decode.py runs/demo                          # compare the methods on held-out text
-    python decode.py runs/demo --prompt "def main(" --trace
+    python decode.py runs/demo --calibrate              # first find the fastest tree of candidates on this machine
+    python decode.py runs/demo --prompt "def main(" --trace --html page.html
 
 A model that predicts several tokens at once can be used as its own draft model (blockwise parallel decoding, Stern et
-al. 2018). Each step feeds a *block* of N tokens: the last known one, the root, and the N - 1 guesses for the tokens
-after it. One forward pass then says what the model itself would emit after each of them. Guesses are accepted as long
-as they equal that; behind the last accepted one stands one more token, the model's own. Then the heads, read at the
-new position and a few positions before it (looking back fills the holes between leaping offsets), guess the next block.
+al. 2018). Each step feeds a *block* of N tokens: the last known one, the root, and N - 1 candidates for the tokens
+after it, a chain or a tree. One forward pass then says what the model itself would emit after each of them, and a
+candidate is accepted when its parent is and it equals what the model emits there. Behind the last accepted one stands
+one more token, the model's own. The same pass lets the heads guess further tokens from every node; the guesses made
+at the accepted nodes, and at a few positions before them (looking back fills the holes between leaping offsets),
+become the next block.
 
 Why the text cannot change: a token is only ever emitted when the model itself, given the tokens before it, picks it.
-At temperature > 0 "picks" means argmax(logits + temperature * noise), where the Gumbel noise is a fixed function of
+At temperature > 0 "picks" means argmax(logits / temperature + noise), where the Gumbel noise is a fixed function of
 (seed, row, position, token). That is an exact sample of softmax(logits / temperature), and it does not depend on how
 many tokens were checked at once. NTP is the same code with a block of one token.
 
-Read: picking a token, the decoder, what held-out text would accept, the command line.
+Read: picking a token, trees, the decoder, calibration, comparing methods, showing a text, the command line.
 """
 import argparse
 import codecs
 import copy
 import datetime
+import html
 import json
 import math
 import os
@@ -28,8 +32,11 @@ import re
 import statistics
 import sys
 import time
+import weakref
 from dataclasses import dataclass
-from types import FunctionType, MethodType, SimpleNamespace
+from pathlib import Path
+from types import FunctionType, SimpleNamespace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -48,15 +55,15 @@ from train import load_checkpoint, pick_device
 def gumbel_noise(seed, row, position, vocab_size):
     """Gumbel(0, 1) noise that is a pure function of (seed, row, position, token).
 
-    seed int, row (B, 1) int64, position (B, N) int64 -> (B, N, V) float32. The hash is two rounds of xor-shift and
-    multiply on 32-bit words held in int64; its multipliers are below 2^31, so no product overflows.
+    seed int; row and position int64 of shapes that broadcast to some (...) -> (..., V) float32. The hash is two rounds
+    of xor-shift and multiply on 32-bit words held in int64; its multipliers are below 2^31, so no product overflows.
     """
     def mix(x):
         x = ((x ^ (x >> 16)) * 0x21F0AAAD) & 0xFFFFFFFF
         x = ((x ^ (x >> 15)) * 0x735A2D97) & 0xFFFFFFFF
         return x ^ (x >> 15)
-    key = mix(mix(mix(seed) ^ row) ^ position)[..., None]                   # (B, N, 1)
-    bits = mix(key ^ mix(torch.arange(vocab_size, device=position.device) + 0x9E3779B9))    # (B, N, V)
+    key = mix(mix(mix(seed) ^ row) ^ position)[..., None]                   # (..., 1)
+    bits = mix(key ^ mix(torch.arange(vocab_size, device=position.device) + 0x9E3779B9))    # (..., V)
     uniform = ((bits >> 9).float() + 0.5) * 2.0 ** -23                      # in (0, 1), both ends excluded
     return -torch.log(-torch.log(uniform))
 
@@ -76,193 +83,306 @@ def filter_logits(logits, top_k=None, top_p=None):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Trees of candidates
+
+class Node(NamedTuple):
+    """A candidate. Node i of a tree (counted from 1, the root being 0) is a guess for the token one behind its parent:
+    the rank-th best guess (0: the best) that offset `offset` made `look_back` tokens before the block's root."""
+    parent: int
+    offset: int
+    look_back: int
+    rank: int = 0
+
+
+def chain(sources):
+    """The tree with one candidate per distance: sources {distance: (offset, look-back)} as in heads.draft_sources."""
+    return tuple(Node(i, o, b) for i, (_, (o, b)) in enumerate(sorted(sources.items())))
+
+
+def depths(tree):
+    """Depth of the root and of every node: a list of N = 1 + len(tree) ints. Depth d is distance d + 1."""
+    depth = [0]
+    for node in tree:
+        depth.append(depth[node.parent] + 1)
+    return depth
+
+
+def offsets_of(tree):
+    """The offsets that a tree uses, 1 included."""
+    return tuple(sorted({1, *(node.offset for node in tree)}))
+
+
+def check_tree(tree, offsets):
+    """tree as a tuple of Nodes. Raises InputError when a node stands before its parent or cannot come from where it
+    says: offset o seen from b tokens back is about distance o - b and about no other."""
+    try:
+        tree = tuple(Node(*map(int, node)) for node in tree)
+    except (TypeError, ValueError):
+        raise InputError("a tree is a list of nodes (parent, offset, look_back, rank)") from None
+    check_offsets(offsets_of(tree), offsets)
+    for i, (parent, offset, look_back, rank) in enumerate(tree, 1):
+        if not 0 <= parent < i:
+            raise InputError(f"node {i} of the tree has parent {parent}, which does not stand before it")
+        distance = depths(tree[:i])[i] + 1
+        if look_back < 0 or rank < 0 or offset - look_back != distance:
+            raise InputError(f"node {i} of the tree guesses distance {distance}, which cannot come from offset "
+                             f"{offset} looking back {look_back}, rank {rank}")
+    return tree
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The decoder
 
 @dataclass
 class Generation:
     """What Decoder.generate returns. All lists have one entry per prompt."""
     tokens: list            # the new tokens (without the prompt; a stop token is included)
-    distances: list         # of each new token: 1 if the model itself emitted it, j if it was the draft at distance j
+    nodes: list             # of each new token: the number of the tree's node that guessed it, 0: the model's own
+    distances: list         # of each new token: how far ahead it was guessed, 1: the model's own
     steps: int              # forward passes after reading the prompts, summed over the rows
-    tokens_per_step: float  # new tokens per row and step, not counting the first, which comes from reading the prompt
-    accepted: dict          # {distance j: share of steps in which the draft at distance j was accepted}
+    tokens_per_step: float  # new tokens per row and step
+    accepted: dict          # {distance j: share of steps in which a candidate at distance j was accepted}
     seconds: float          # wall-clock time, reading the prompts included
+    history: list           # with record=True, before each step: (position (B,), block (B, N)) of every row
+
+
+CHUNK = 64                                                                  # tokens of a prompt read at once
 
 
 class Decoder:
     """Generates text from a MultiTokenGPT.
 
     offsets: those of the model's that may draft; (1,) is plain next-token decoding, None means all of them.
-    sources: {distance: (offset, look-back)} for distances 2..N; None means heads.draft_sources(offsets).
-    temperature 0 is greedy; top_k and top_p as usual; seed decides the noise. dtype: decode with a copy in, say,
-    torch.bfloat16. compile: let torch.compile make one program of the step. After more training, make a new Decoder.
-    Raises InputError for offsets the model lacks and for sources with a hole.
+    tree: the candidates, as `calibrate` finds them; None means one per distance, chain(draft_sources(offsets)).
+    temperature 0 is greedy; top_k and top_p as usual; seed decides the noise. coupled=False makes the guesses without
+    the noise, as argmax: same text, fewer accepted. dtype: decode with a copy in, say, torch.bfloat16. compile: let
+    torch.compile make one program of the step, on CUDA replayed as one graph. max_length: the longest text, prompt
+    included, if shorter than the context (a smaller cache is faster). After more training, make a new Decoder.
+    Raises InputError for offsets the model lacks and for a tree that cannot be.
     """
 
-    def __init__(self, model, offsets=None, *, sources=None, temperature=0.0, top_k=None, top_p=None, seed=0,
-                 dtype=None, compile=False):
+    def __init__(self, model, offsets=None, tree=None, *, temperature=0.0, top_k=None, top_p=None, seed=0,
+                 coupled=True, dtype=None, compile=False, max_length=None):
         offsets = check_offsets(offsets or model.offsets, model.offsets)
-        self.sources = check_sources(sources or draft_sources(offsets), offsets)
+        self.tree = check_tree(chain(draft_sources(offsets)) if tree is None else tree, offsets)
         if not 0 <= temperature < math.inf:
             raise InputError(f"temperature must be 0 (greedy) or positive, not {temperature}")
         if top_k is not None and top_k < 1 or top_p is not None and not 0 < top_p <= 1:
             raise InputError(f"top_k must be at least 1 and top_p in (0, 1], not {top_k} and {top_p}")
+        self.config = config = model.gpt.config
+        self.max_length = config.block_size if max_length is None else max_length
+        if not 1 <= self.max_length <= config.block_size:
+            raise InputError(f"max_length must be in 1..{config.block_size}, the model's context, not {max_length}")
         dtype = dtype or model.gpt.lm_head.weight.dtype
         if model.training or dtype != model.gpt.lm_head.weight.dtype:
             model = copy.deepcopy(model).eval().to(dtype)
-        self.gpt, self.offsets, self.top_k, self.top_p = model.gpt, offsets, top_k, top_p
-        self.config = self.gpt.config
-        weight = self.gpt.lm_head.weight
-        self.device, self.dtype = weight.device, weight.dtype
+        self.gpt, self.top_k, self.top_p, self.coupled = model.gpt, top_k, top_p, coupled
+        self.device, self.dtype = self.gpt.lm_head.weight.device, dtype
         self.temperature, self.seed = float(temperature), int(seed) & 0xFFFFFFFF
-
-        self.head_offsets = sorted({o for o, _ in self.sources.values()})   # the H heads that are used
-        self.heads = [model.heads[str(o)] for o in self.head_offsets]
-        own = model.unembeddings                                            # empty unless each head has its own
-        self.unembeddings = [own[str(o)] for o, _ in self.sources.values()] if own else None
-        # The residual blocks of all heads as one product: for each of their layers weight (H, C, C) and bias (H, C).
-        self.stacked = None
-        if self.heads and isinstance(self.heads[0], ResBlockHead):
-            with torch.no_grad():
-                self.stacked = [(torch.stack([l.weight for l in layer]), torch.stack([l.bias for l in layer]))
-                                for layer in zip(*(head.blocks for head in self.heads))]
-        self.N = 1 + len(self.sources)                                      # the block: the root and its drafts
-        self.W = 1 + max((b for _, b in self.sources.values()), default=0)  # positions that drafts are read from
-        H = len(self.heads)
-        self.source_index = torch.tensor([(self.W - 1 - b) * H + self.head_offsets.index(o)   # into (W, H) flattened
-                                          for o, b in self.sources.values()], device=self.device, dtype=torch.long)
-        self.depth = torch.arange(self.N, device=self.device)
-        self.slots = self.config.block_size + self.N                        # the last block may overshoot the context
         self.states, self.compile = {}, compile
+
+        # The heads that are used. Residual-block heads all start from the same hidden state, so their first layers are
+        # one product, C -> H * C; `deeper` holds their other layers, layer by layer.
+        head_offsets = offsets_of(self.tree)[1:]
+        self.heads = [model.heads[str(o)] for o in head_offsets]
+        self.unembeddings = [model.unembeddings[str(o)] for o in head_offsets] if model.unembeddings else None
+        self.first, self.deeper = None, []
+        if self.heads and isinstance(self.heads[0], ResBlockHead):
+            layers = list(zip(*(head.blocks for head in self.heads)))
+            self.first = torch.nn.Linear(config.n_embd, config.n_embd * len(self.heads), device=self.device,
+                                         dtype=self.dtype)
+            with torch.no_grad():
+                self.first.weight.copy_(torch.cat([linear.weight for linear in layers[0]]))
+                self.first.bias.copy_(torch.cat([linear.bias for linear in layers[0]]))
+            self.deeper = layers[1:]
+        self.offsets = torch.tensor([1, *head_offsets], device=self.device)             # (1 + H,)
+
+        # The tree as tables: N nodes, D the deepest, R ranks and W positions that its candidates are taken from.
+        depth = depths(self.tree)
+        self.N, self.D, self.H = len(depth), max(depth), len(self.heads)
+        self.W = max((1 + node.look_back for node in self.tree), default=0)
+        self.R = max((1 + node.rank for node in self.tree), default=0)
+        if self.R > config.vocab_size:
+            raise InputError(f"the tree asks for {self.R} guesses of a vocabulary of {config.vocab_size}")
+        paths = [[0]]                                                       # of each node: the way to it from the root
+        for i, node in enumerate(self.tree, 1):
+            paths.append(paths[node.parent] + [i])
+        table = dict(device=self.device, dtype=torch.long)
+        self.depth = torch.tensor(depth, **table)                           # (N,)
+        self.parent = torch.tensor([0] + [node.parent for node in self.tree], **table)  # (N,)
+        self.path = torch.tensor([p + [0] * (self.D + 1 - len(p)) for p in paths], **table)  # (N, D + 1), 0 beyond
+        self.visible = torch.tensor([[j in p for j in range(self.N)] for p in paths], device=self.device)   # (N, N)
+        self.source = torch.tensor([((self.W - 1 - node.look_back) * self.H + head_offsets.index(node.offset)) * self.R
+                                    + node.rank for node in self.tree], **table)        # into (W, H, R) flattened
+        self.branching = depth != list(range(self.N))
+        # The last block may overshoot the end. A multiple of 16 suits the attention kernels, and decoders with blocks
+        # of up to 16 share one shape, so one program reads their prompts.
+        self.slots = self.max_length + -(-self.N // 16) * 16
 
     def _state(self, B):
         """The step and all the memory of a generation of B rows, made once and reused."""
         if B not in self.states:
             new = dict(device=self.device, dtype=torch.long)
-            caches = [KVCache(self.config.n_layer, self.config.n_embd, B, self.slots, self.device, self.dtype)]
-            caches += [KVCache(len(head.blocks), self.config.n_embd, B, self.slots, self.device, self.dtype)
-                       for head in self.heads if self.stacked is None]
-            self.states[B] = SimpleNamespace(
-                tokens=torch.zeros(B, self.slots + 1, **new),               # the text
-                distance=torch.zeros(B, self.slots + 1, **new),             # where each token of it came from
+
+            # Torch's attention in 16 bits is slow on CPUs, for one query several times slower than in 32.
+            dtype = torch.float32 if self.device.type == "cpu" else self.dtype
+
+            def cache(n_layer):
+                return KVCache(n_layer, self.config.n_embd, B, self.slots, self.device, dtype)
+            s = self.states[B] = SimpleNamespace(
+                tokens=torch.zeros(B, self.slots, **new),                   # the text
+                node=torch.zeros(B, self.slots, **new),                     # which node guessed each token of it
                 position=torch.zeros(B, **new),                             # of each row's last known token, the root
                 limit=torch.zeros(B, **new),                                # of each row's last wanted token
                 stop=torch.full((), -1, **new),                             # stop token, -1 for none
-                block=torch.zeros(B, self.N, **new),                        # root and drafts
-                carry=torch.zeros(B, self.W - 1, len(self.heads), self.config.n_embd, device=self.device,
-                                  dtype=self.dtype),                        # head outputs at the positions before t
+                block=torch.zeros(B, self.N, **new),                        # root and candidates
+                guesses=torch.zeros(B, self.W, self.H, self.R, **new),      # made at the W positions before the root
                 row=torch.arange(B, **new)[:, None],
                 noise_row=torch.zeros(B, 1, **new),                         # the row that keys the sampling noise
-                caches=caches, step=compile_step(self) if self.compile else self._step,
-                steps=torch.zeros(B, **new), accepted=torch.zeros(self.N, **new))
+                steps=torch.zeros(B, **new), accepted=torch.zeros(self.D + 1, **new),
+                caches=[cache(self.config.n_layer)]
+                + [cache(len(head.blocks)) for head in self.heads if not self.first])
+            s.step = compile_step(self, s) if self.compile else lambda: self._step(s)
         s = self.states[B]
-        for t in (s.tokens, s.distance, s.carry, s.steps, s.accepted):
+        for t in (s.tokens, s.node, s.guesses, s.steps, s.accepted):
             t.zero_()
         return s
 
-    def pick(self, logits, row, position):
-        """The token that the model emits: logits (B, N, V), row (B, 1), position (B, N) of the token in its text ->
-        (B, N). The Gumbel-max trick: argmax(logits / T + noise) is a sample of softmax(logits / T)."""
-        if self.temperature == 0:
-            return logits.argmax(-1)
-        logits = filter_logits(logits.float() / self.temperature, self.top_k, self.top_p)
-        return (logits + gumbel_noise(self.seed, row, position, logits.shape[-1])).argmax(-1)
+    def scores(self, logits, row, place):
+        """What the token at `place` of text `row` is the argmax of. logits (..., V); row, place broadcast to (...).
 
-    def _forward(self, s, idx):
-        """Read tokens idx (B, n) standing at s.position, s.position + 1, ... -> hidden states (B, n, C) and head
-        outputs (B, n, H, C)."""
-        B, n = idx.shape
-        position = s.position[:, None] + torch.arange(n, device=self.device)
-        slots = (s.row * self.slots + position).flatten()                   # a token's slot is its position
-        chain = torch.ones(n, n, dtype=torch.bool, device=self.device).tril()
-        mask = block_mask(s.position, chain, self.slots, self.dtype)
-        h = self.gpt.hidden_states(idx, position.clamp(max=self.config.block_size - 1), s.caches[0], slots, mask)
-        if self.stacked is None:
-            z = [head(h, cache, slots, mask) for head, cache in zip(self.heads, s.caches[1:])]
-            return h, torch.stack(z, dim=2) if z else None
-        z = h[:, :, None]                                                   # (B, n, 1, C)
-        for weight, bias in self.stacked:                                   # all heads in one product
-            z = z + F.silu(torch.einsum("bnhc,hdc->bnhd", z.expand(-1, -1, len(bias), -1), weight) + bias)
-        return h, z
-
-    def _draft(self, s, z, last, root):
-        """Guess the tokens after `root` (B,), which stands at s.position, and write the next block.
-
-        z (B, n, H, C): head outputs at the n positions just read; last (B,): index among them of the newest valid
-        one, t, where root is x_{t+1}. The draft for distance j stands at t + j and comes from (offset o, look-back b).
+        At temperature T it is argmax(logits / T + noise), a sample of softmax(logits / T) (the Gumbel-max trick). The
+        noise belongs to the place, not to who speaks of it: a head that guesses with it agrees more often with the
+        model than one that guesses without (Gumbel coupling, Daliri et al. 2024).
         """
-        if self.N == 1:
-            return s.block.copy_(root[:, None])
-        z = torch.cat([s.carry, z], dim=1)                                  # (B, W - 1 + n, H, C)
-        z = z[s.row, last[:, None] + torch.arange(self.W, device=self.device)]  # (B, W, H, C): t - W + 1 .. t
-        s.carry.copy_(z[:, 1:])
-        z = z.flatten(1, 2)[:, self.source_index]                           # (B, N - 1, C)
+        if self.temperature == 0:
+            return logits
+        logits = filter_logits(logits.float() / self.temperature, self.top_k, self.top_p)
+        return logits + gumbel_noise(self.seed, row, place, logits.shape[-1])
+
+    def _say(self, s, x, position):
+        """What the model says at m tokens: x (B, m, K, C) from `read`, position (B, m) of the tokens in the text ->
+        target (B, m), the token that it emits after each, and guesses (B, m, H, R), the best R of every head."""
+        if self.first:
+            z = x + F.silu(self.first(x[:, :, 0]).unflatten(-1, (self.H, -1)))  # (B, m, H, C)
+            for layer in self.deeper:
+                z = z + F.silu(torch.stack([linear(z[:, :, i]) for i, linear in enumerate(layer)], dim=2))
+            x = torch.cat([x, z], dim=2)                                    # (B, m, 1 + H, C)
         if self.unembeddings:
-            logits = torch.stack([unembed(z[:, i]) for i, unembed in enumerate(self.unembeddings)], dim=1)
+            logits = torch.stack([unembed(x[:, :, i]) for i, unembed in
+                                  enumerate([self.gpt.lm_head, *self.unembeddings])], dim=2)
         else:
-            logits = self.gpt.lm_head(z)                                    # (B, N - 1, V)
-        drafts = self.pick(logits, s.noise_row, s.position[:, None] + self.depth[1:])
-        s.block.copy_(torch.cat([root[:, None], drafts], dim=1))
+            logits = self.gpt.lm_head(x)                                    # (B, m, 1 + H, V): read only once
+        place = position[:, :, None] + self.offsets                         # (B, m, 1 + H) of the tokens spoken of
+        scores = self.scores(logits, s.noise_row[:, :, None], place)
+        target = scores[:, :, 0].argmax(-1)
+        guess_from = (scores if self.coupled else logits)[:, :, 1:]
+        if self.R <= 1:                                                     # argmax is much faster than topk
+            return target, guess_from.argmax(-1, keepdim=True)
+        return target, guess_from.topk(self.R).indices
+
+    def _block(self, s, root):
+        """Write the next block: root (B,), which stands at s.position, and the tree's candidates behind it."""
+        candidates = s.guesses.flatten(1)[:, self.source]                   # (B, N - 1)
+        s.block.copy_(torch.cat([root[:, None], candidates], dim=1))
 
     def _step(self, s):
         """One step of all rows. Nothing in it waits for the host, and every shape is fixed."""
-        h, z = self._forward(s, s.block)
-        place = s.position[:, None] + 1 + self.depth                        # (B, N) where each target stands
-        target = self.pick(self.gpt.lm_head(h), s.noise_row, place)               # what the model emits after each node
-        guess = F.pad(s.block[:, 1:], (0, 1), value=-1)                     # what the block had there
-        n = torch.where(guess != target, self.depth, self.N).amin(1)        # accepted drafts = place of the first miss
+        x = read(self.gpt, self._attending(), s.caches, s.block, s.position, self.depth, self.visible)
+        target, guesses = self._say(s, x, s.position[:, None] + self.depth)
+
+        hit = (s.block == target[:, self.parent]) | (self.depth == 0)       # (B, N): the model would say so here
+        alive = (hit[:, None] | ~self.visible).all(-1)                      # (B, N): and so would all before it
+        best = torch.where(alive, self.depth, -1).argmax(1)                 # (B,) the deepest such node
+        n, path = self.depth[best], self.path[best]                         # (B,) accepted candidates, (B, D + 1) nodes
+        emitted = target.gather(1, path)                                    # (B, D + 1), the first n + 1 of them good
 
         active = s.position < s.limit
+        along = torch.arange(self.D + 1, device=self.device)
+        good = along <= n[:, None]                                          # (B, D + 1)
+        place = s.position[:, None] + 1 + along
         s.steps.add_(active)
-        s.accepted.add_(((self.depth <= n[:, None]) & active[:, None]).sum(0))
-        s.tokens.scatter_(1, place, target)                                 # beyond the n + 1 good ones: overwritten
-        s.distance.scatter_(1, place, torch.where(self.depth < n[:, None], self.depth + 2, 1))
-        stopped = torch.where((target == s.stop) & (self.depth <= n[:, None]), place, self.slots).amin(1)
+        s.accepted.add_((good & active[:, None]).sum(0))
+        s.tokens.scatter_(1, place, emitted)                                # beyond the good ones: overwritten later
+        s.node.scatter_(1, place, F.pad(path[:, 1:], (0, 1)))               # 0 at the end: the model's own
+        stopped = torch.where((emitted == s.stop) & good, place, self.slots).amin(1)
         s.limit.copy_(torch.minimum(s.limit, stopped))
+
+        if self.branching:                                                  # a chain's keys and values lie in order
+            start = s.row * self.slots + s.position[:, None]
+            source = (start + torch.where(good, path, along)).flatten()
+            for layer in (layer for cache in s.caches for layer in cache.layers):
+                flat = layer.view(-1, layer.shape[-1])
+                flat.index_copy_(0, (start + along).flatten(), flat[source])
+        if self.H:
+            guesses = torch.cat([s.guesses, guesses[s.row, path]], dim=1)   # at W old positions, then along the path
+            newest = n[:, None] + 1 + torch.arange(self.W, device=self.device)
+            s.guesses.copy_(guesses[s.row, newest])
         s.position.copy_(torch.minimum(s.position + n + 1, s.limit))        # a finished row stays where it is
-        self._draft(s, z, n, target.gather(1, n[:, None])[:, 0])
+        self._block(s, emitted.gather(1, n[:, None])[:, 0])
+
+    def _attending(self):
+        """The heads that attend to the past, and so take part in reading."""
+        return [] if self.first else self.heads
 
     @torch.no_grad()
-    def generate(self, prompts, max_new_tokens, stop_token=None, first_row=0):
+    def generate(self, prompts, max_new_tokens, stop_token=None, first_row=0, record=False):
         """Continue each prompt (a list of token lists, of any lengths) by up to max_new_tokens. -> Generation.
 
         first_row: number of the first prompt's row in the sampling noise, so that a large set of prompts gives the same
-        texts however it is cut into batches.
+        texts however it is cut into batches. record: also keep every block (slower).
         Raises InputError for an empty prompt, token ids out of range, or more tokens than the context holds.
         """
         prompts = [[int(t) for t in p] for p in prompts]
-        check_prompts(prompts, max_new_tokens, self.config, stop_token)
-        start = self._clock()
+        check_prompts(prompts, max_new_tokens, self.config, stop_token, self.max_length)
         B, lengths = len(prompts), torch.tensor([len(p) for p in prompts], device=self.device)
-        s = self._state(B)
-        text = torch.zeros(B, int(lengths.max()), dtype=torch.long)         # ragged prompts, padded on the right: what
-        for i, p in enumerate(prompts):                                     # is cached beyond a prompt's end is
-            text[i, :len(p)] = torch.tensor(p)                              # overwritten before anyone may see it
+        s, history = self._state(B), []
+        start = self._clock()
+        # All but the last token of each prompt is read; the last one is the root of the first block. Ragged prompts are
+        # padded on the right: what is cached beyond a prompt's end is overwritten before anyone may see it.
+        text = torch.zeros(B, -(-(int(lengths.max()) - 1) // CHUNK) * CHUNK, dtype=torch.long)
+        for i, p in enumerate(prompts):
+            text[i, :len(p) - 1] = torch.tensor(p[:-1])
         s.noise_row.copy_(s.row + first_row)
         s.stop.fill_(-1 if stop_token is None else stop_token)
         s.limit.copy_(lengths + max_new_tokens - 1)
-        s.position.zero_()
-        h, z = self._forward(s, text.to(self.device))                       # the prompt is a block at position 0
-        s.position.copy_(lengths)
-        first = self.pick(self.gpt.lm_head(h[s.row[:, 0], lengths - 1])[:, None], s.noise_row, lengths[:, None])
-        s.tokens.scatter_(1, lengths[:, None], first)
-        s.distance.scatter_(1, lengths[:, None], 1)
-        s.limit.copy_(torch.where(first[:, 0] == s.stop, s.position, s.limit))
-        self._draft(s, z, lengths - 1, first[:, 0])
+        x = self._read_prompts(s, text.to(self.device))
+        s.position.copy_(lengths - 1)
+        if self.H and x is not None:                                        # what the heads say at the last W of them
+            before = s.position[:, None] - self.W + torch.arange(self.W, device=self.device)    # (B, W)
+            guesses = self._say(s, x[s.row, before.clamp(min=0)], before)[1]
+            s.guesses.copy_(guesses * (before >= 0)[:, :, None, None])      # there may not be so many
+        self._block(s, torch.tensor([p[-1] for p in prompts], device=self.device))
         while (left := int((s.limit - s.position).max())) > 0:              # the host looks here, and only here:
-            sure = -(-left // self.N)                                       # at least so many steps are still needed,
+            sure = -(-left // (self.D + 1))                                 # at least so many steps are still needed,
             for _ in range(sure if stop_token is None else min(sure, 16)):  # unless a stop token comes
-                s.step(s)
+                if record:
+                    history.append((s.position.tolist(), s.block.tolist()))
+                s.step()
         seconds = self._clock() - start
 
-        ends = (s.limit + 1).tolist()
-        new = [(len(p), end) for p, end in zip(prompts, ends)]
-        tokens, distances = s.tokens.tolist(), s.distance.tolist()
+        new = [(len(p), end + 1) for p, end in zip(prompts, s.limit.tolist())]
+        depth = self.depth.tolist()
+        nodes = [t[a:b] for t, (a, b) in zip(s.node.tolist(), new)]
         steps, accepted = int(s.steps.sum()), s.accepted.tolist()
         return Generation(
-            tokens=[t[a:b] for t, (a, b) in zip(tokens, new)], distances=[d[a:b] for d, (a, b) in zip(distances, new)],
-            steps=steps, tokens_per_step=sum(b - a - 1 for a, b in new) / steps if steps else 1.0,
-            accepted={j: accepted[j - 1] / max(1, steps) for j in self.sources}, seconds=seconds)
+            tokens=[t[a:b] for t, (a, b) in zip(s.tokens.tolist(), new)], nodes=nodes,
+            distances=[[depth[i] + 1 for i in row] for row in nodes], steps=steps,
+            tokens_per_step=sum(b - a for a, b in new) / steps,
+            accepted={d + 1: accepted[d] / steps for d in range(1, self.D + 1)}, seconds=seconds, history=history)
+
+    def _read_prompts(self, s, text):
+        """Read text (B, a multiple of CHUNK) in chunks of one shape, so that no new length needs a new program.
+        -> (B, T, K, C), or None when T is 0."""
+        run = compiled_read(self.gpt) if self.compile else read
+        depth = torch.arange(CHUNK, device=self.device)
+        visible = depth[:, None] >= depth
+        x = []
+        for i, part in enumerate(text.split(CHUNK, dim=1) if text.shape[1] else ()):
+            s.position.fill_(i * CHUNK)
+            with packed_weights(self):                                      # for the first time, which compiles
+                x.append(run(self.gpt, self._attending(), s.caches, part.contiguous(), s.position, depth, visible))
+        return torch.cat(x, dim=1) if x else None
 
     def _clock(self):
         if self.device.type == "cuda":
@@ -270,27 +390,70 @@ class Decoder:
         return time.perf_counter()
 
 
-def compile_step(decoder):
-    """decoder._step as one compiled program. torch.compile keeps its programs with a function's code and searches
-    them at every call; a copy of the code for each decoder keeps that search short, however many decoders there are."""
-    f = Decoder._step
-    copy_of_step = FunctionType(f.__code__.replace(), f.__globals__, f.__name__)
-    return torch.compile(MethodType(copy_of_step, decoder), fullgraph=True, dynamic=False)
+def read(gpt, heads, caches, idx, start, depth, visible):
+    """Read a block into the caches. Token i of idx (B, n) stands at start + depth[i] of its text, its keys and values
+    go to slot start + i, and it sees all before `start` and its ancestors, visible (n, n).
+    -> (B, n, 1 + H, C): final hidden states and, of heads that attend, their outputs."""
+    B, n = idx.shape
+    S, device = caches[0].slots, idx.device
+    # What lies beyond the end (padding, or a block that overshoots) goes to the last slot, which nobody ever sees.
+    slots = (start[:, None] + torch.arange(n, device=device)).clamp(max=S - 1)
+    slots = (slots + S * torch.arange(B, device=device)[:, None]).flatten()
+    mask = block_mask(start, visible, S, caches[0].layers[0].dtype)
+    position = (start[:, None] + depth).clamp(max=gpt.config.block_size - 1)
+    h = gpt.hidden_states(idx, position, caches[0], slots, mask)
+    return torch.stack([h] + [head(h, cache, slots, mask) for head, cache in zip(heads, caches[1:])], dim=2)
 
 
-def check_sources(sources, offsets):
-    """sources, ordered by distance. Raises InputError when one is impossible or a distance is missing."""
-    for j, (o, b) in sources.items():
-        if o not in offsets[1:] or b < 0 or o - b != j:
-            raise InputError(f"distance {j} cannot come from offset {o} looking back {b} with offsets {offsets}")
-    hole = next((j for j in range(2, 2 + len(sources)) if j not in sources), None)
-    if hole:
-        raise InputError(f"nothing drafts distance {hole}: the sources {sources} have a hole")
-    return dict(sorted(sources.items()))
+# torch.compile keeps its programs with a function's code, searches them at every call and gives up after eight. A copy
+# of the code for each use keeps that search short and each use its own programs.
+
+def own_program(f, **options):
+    """f compiled, as a function with code of its own."""
+    f = FunctionType(f.__code__.replace(), f.__globals__, f.__name__)
+    return torch.compile(f, fullgraph=True, dynamic=False, options=options)
 
 
-def check_prompts(prompts, max_new_tokens, config, stop_token=None):
-    """Raise InputError unless all prompts can be continued by max_new_tokens."""
+def packed_weights(decoder):
+    """On a CPU in 16 bits, compile with the weights frozen into the program: they are then packed for oneDNN's kernels,
+    which read them nearly as fast as the memory delivers them."""
+    return torch._inductor.config.patch(freezing=decoder.device.type == "cpu" and decoder.dtype != torch.float32)
+
+
+readers = weakref.WeakKeyDictionary()
+
+
+def compiled_read(gpt):
+    """`read`, compiled once for all decoders of a GPT."""
+    if gpt not in readers:
+        readers[gpt] = own_program(read)
+    return readers[gpt]
+
+
+def compile_step(decoder, s):
+    """decoder._step(s) as a function without arguments: one compiled program, and on CUDA one graph that replays it."""
+    # It is always called with these two, so whether it still fits need not be checked at each call.
+    program = own_program(Decoder._step, guard_filter_fn=lambda guards: [False] * len(guards))
+    with packed_weights(decoder):
+        program(decoder, s)                                                 # on the empty state, where it does nothing
+    if decoder.device.type != "cuda":
+        return lambda: program(decoder, s)
+    side = torch.cuda.Stream(decoder.device)
+    side.wait_stream(torch.cuda.current_stream(decoder.device))
+    with torch.cuda.stream(side):                                           # what allocates at first use does it here
+        for _ in range(3):
+            program(decoder, s)
+    torch.cuda.current_stream(decoder.device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        program(decoder, s)
+    return graph.replay
+
+
+def check_prompts(prompts, max_new_tokens, config, stop_token=None, max_length=None):
+    """Raise InputError unless all prompts can be continued by max_new_tokens, within max_length if that is given."""
+    room, what = (config.block_size, "the model's context") if max_length in (None, config.block_size) else (
+        max_length, "the decoder's max_length")
     if stop_token is not None and not 0 <= stop_token < config.vocab_size:
         raise InputError(f"the stop token must be one of 0..{config.vocab_size - 1}, not {stop_token}")
     if not prompts:
@@ -302,14 +465,13 @@ def check_prompts(prompts, max_new_tokens, config, stop_token=None):
             raise InputError("a prompt is empty; give at least one token")
         if min(p) < 0 or max(p) >= config.vocab_size:
             raise InputError(f"a prompt has a token id outside 0..{config.vocab_size - 1}; is it another tokenizer's?")
-        if len(p) + max_new_tokens > config.block_size:
-            raise InputError(f"{len(p)} prompt tokens and {max_new_tokens} new ones exceed the model's context of "
-                             f"{config.block_size}; shorten the prompt or ask for at most "
-                             f"{max(0, config.block_size - len(p))} new tokens")
+        if len(p) + max_new_tokens > room:
+            raise InputError(f"{len(p)} prompt tokens and {max_new_tokens} new ones exceed {what} of {room}; shorten "
+                             f"the prompt or ask for at most {max(0, room - len(p))} new tokens")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What held-out text would accept
+# What held-out text would accept, and the tree that makes the most of it
 
 def expected_tokens_per_step(acceptance):
     """E = 1 + sum over m of a_2 * ... * a_(m+1), where a_j is the probability that the draft for distance j is right
@@ -322,48 +484,172 @@ def expected_tokens_per_step(acceptance):
 
 
 @torch.no_grad()
-def held_out_acceptance(model, windows, sources):
-    """How real text would be drafted, by teacher forcing: every guess is made from real text and compared with it.
+def guess_hits(model, windows, sources, ranks=1):
+    """Which guesses real text bears out, by teacher forcing: every guess is made from real text and compared with it.
 
-    Greedy text of a small model falls into loops that any drafter predicts; this figure does not depend on them.
-    windows (B, T + 1) int64, sources {distance: (offset, look-back)}. Returns three things: the tokens per step of a
-    decoder that walks along the real text; {distance j: share of its steps in which draft j is accepted}; and {j: a_j}
-    over all positions, as expected_tokens_per_step wants it. That formula says more than the walk finds: a decoder
-    takes long steps through easy text, so most of its steps begin where text is hard.
+    windows (B, T + 1) int64; sources: (offset o, look-back b) pairs. -> {(o, b, r): bool (B, n)}: at each of n
+    positions t, whether the r-th best guess that offset o made at t - b, about token t + o - b, is right. Raises
+    InputError when the windows are too short.
     """
-    N, first = 1 + len(sources), max((b for _, b in sources.values()), default=0)
-    end = windows.shape[1] - N                                              # t runs over first..end - 1
+    first = max((b for _, b in sources), default=0)
+    end = windows.shape[1] - max((o - b for o, b in sources), default=1)    # t runs over first..end - 1
     if end <= first:
-        raise InputError(f"windows of {windows.shape[1]} tokens are too short for drafts of {N - 1}")
+        raise InputError(f"windows of {windows.shape[1]} tokens are too short for the sources {sources}")
     windows = windows.to(model.gpt.lm_head.weight.device)
-    guess = {o: [] for o, _ in sources.values()}                            # [:, t] is about token t + o
+    guess = {o: [] for o, _ in sources}
     for part in windows.split(4):                                           # logits are large: a few rows at a time
         h = model.gpt.hidden_states(part[:, :-1])                           # (4, T, C)
         for o in guess:
-            guess[o].append(model.offset_logits(h, o).argmax(-1))
-    guess = {o: torch.cat(parts) for o, parts in guess.items()}             # (B, T)
-    accepted = torch.zeros(len(windows), end - first, dtype=torch.long, device=windows.device)
-    alive, share = torch.ones_like(accepted), {}
-    for j, (o, b) in sources.items():
-        hit = guess[o][:, first - b:end - b] == windows[:, first + j:end + j]
-        share[j] = (alive * hit).sum().item() / max(1, alive.sum().item())
-        alive = alive * hit
-        accepted += alive
-    lengths = []                                                            # accepted drafts of each step of the walk
+            guess[o].append(model.offset_logits(h, o).topk(ranks).indices)
+    guess = {o: torch.cat(parts) for o, parts in guess.items()}             # (B, T, ranks): [:, t] is about t + o
+    return {(o, b, r): guess[o][:, first - b:end - b, r] == windows[:, first + o - b:end + o - b]
+            for o, b in sources for r in range(ranks)}
+
+
+def accepted_depths(tree, hits):
+    """How many candidates of a tree each position would accept: hits as from guess_hits -> (B, n) int64."""
+    alive, depth = [torch.tensor(True)], depths(tree)
+    accepted = torch.tensor(0)
+    for i, (parent, *source) in enumerate(tree, 1):
+        alive.append(alive[parent] & hits[tuple(source)])                   # (B, n)
+        accepted = torch.maximum(accepted, alive[i] * depth[i])
+    return accepted
+
+
+def walk(accepted):
+    """The steps of a decoder that walks along the text: accepted (B, n) -> how many candidates each step accepts."""
+    steps = []
     for row in accepted.tolist():
         t = 0
         while t < len(row):
-            lengths.append(row[t])
+            steps.append(row[t])
             t += row[t] + 1
-    return (1 + statistics.fmean(lengths), {j: statistics.fmean(n >= j - 1 for n in lengths) for j in sources}, share)
+    return steps
+
+
+def held_out_acceptance(model, windows, tree):
+    """How real text would be drafted. Greedy text of a small model falls into loops that any drafter predicts; this
+    does not depend on them.
+
+    windows (B, T + 1) int64. Returns three things: the tokens per step of a decoder that walks along the real text;
+    {distance j: share of its steps in which a candidate at distance j is accepted}; and {j: a_j} over all positions,
+    as expected_tokens_per_step wants it. That formula says more than the walk finds: a decoder takes long steps
+    through easy text, so most of its steps begin where text is hard.
+    """
+    if not tree:
+        return 1.0, {}, {}
+    sources = list(dict.fromkeys((node.offset, node.look_back) for node in tree))
+    accepted = accepted_depths(tree, guess_hits(model, windows, sources, 1 + max(node.rank for node in tree)))
+    steps, reached = walk(accepted), range(1, 1 + max(depths(tree)))
+    return (1 + statistics.fmean(steps), {d + 1: statistics.fmean(n >= d for n in steps) for d in reached},
+            {d + 1: (accepted >= d).sum().item() / max(1, (accepted >= d - 1).sum().item()) for d in reached})
+
+
+def grow_tree(hits, size):
+    """The tree of up to `size` nodes that accepts most, node by node: each time the candidate that is accepted most
+    often where nothing at its place is yet (Medusa, arXiv 2401.10774). The first k nodes are the tree for k.
+
+    The gain of a node is counted, not multiplied from accuracies: guesses at different distances are not independent,
+    and two sources often guess the same. hits as from guess_hits.
+    """
+    by_distance = {}
+    for source in hits:
+        by_distance.setdefault(source[0] - source[1], []).append(source)
+    matrix = {j: torch.stack([hits[c].flatten() for c in found]).float() for j, found in by_distance.items()}
+    free = [torch.ones(next(iter(matrix.values())).shape[1])] if hits else []   # positions where node i is accepted and
+    tree, depth, gains = [], [0], []                                            # none of its children is
+    while len(tree) < size:
+        for i in range(len(gains), len(free)):                              # what each child of node i would gain
+            j = depth[i] + 2
+            gains.append(matrix[j] @ free[i] if j in matrix else torch.zeros(1))
+        parent = max(range(len(gains)), key=lambda i: gains[i].max().item(), default=None)
+        if parent is None or gains[parent].max() == 0:
+            break
+        j, best = depth[parent] + 2, int(gains[parent].argmax())
+        tree.append(Node(parent, *by_distance[j][best]))
+        depth.append(depth[parent] + 1)
+        free.append(free[parent] * matrix[j][best])
+        free[parent] = free[parent] * (1 - matrix[j][best])
+        gains[parent] = matrix[j] @ free[parent]
+    return tuple(tree)
+
+
+@torch.no_grad()
+def step_latencies(decoders, batch_size=1, rounds=9, seconds=0.05):
+    """Seconds per step of each decoder half-way through its context, medians of rounds in which they take turns."""
+    states = [decoder._state(batch_size) for decoder in decoders]
+    found = [[] for _ in decoders]
+    for decoder, s in zip(decoders, states):
+        s.position.fill_(decoder.max_length // 2)
+        s.limit.copy_(s.position)                                           # a finished row stays, and works as ever
+        s.step()
+    for _ in range(rounds):
+        for i, (decoder, s) in enumerate(zip(decoders, states)):
+            start, n = decoder._clock(), 0
+            while time.perf_counter() - start < seconds:
+                for _ in range(8):
+                    s.step()
+                n += 8
+            found[i].append((decoder._clock() - start) / n)
+    return [statistics.median(f) for f in found]
+
+
+BLOCKS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 20, 24, 32, 48, 64)             # sizes that calibrate tries
+
+
+def calibrate(model, windows, nodes=None, batch_size=1, dtype=None, compile=False, ranks=8, max_length=None,
+              progress=True):
+    """Find the best tree of candidates for this model on this machine, from held-out text: windows (B, T + 1) int64.
+
+    With `nodes`, the tree of so many nodes that accepts most. Without, the one that is expected to write most tokens
+    per second: for growing blocks the step is measured against NTP's, and the tree with the best quotient of tokens per
+    step and relative cost is kept, down to a chain or to NTP, the empty tree. It stops where even the tokens of the
+    largest tree could not pay for the block.
+    -> dict(tree, table: a list of dict(block, tokens_per_step, cost, seconds_per_step, speedup))
+    """
+    sources = [(o, o - j) for j in range(2, model.offsets[-1] + 1) for o in model.offsets if o >= j]
+    hits = guess_hits(model, windows, sources, min(ranks, model.gpt.config.vocab_size))
+    tree = grow_tree(hits, BLOCKS[-1] - 1 if nodes is None else nodes)
+
+    def tokens_per_step(tree):
+        return 1 + statistics.fmean(walk(accepted_depths(tree, hits))) if tree else 1.0
+    if nodes is not None:
+        return dict(tree=tree, table=[dict(block=1 + len(tree), tokens_per_step=tokens_per_step(tree))])
+    ntp, table, best = None, [], 0.0
+    for block in tqdm([b for b in BLOCKS if b <= 1 + len(tree)], desc="calibrate", unit="block", leave=False,
+                      disable=None if progress else True):
+        decoder = Decoder(model, tree=tree[:block - 1], dtype=dtype, compile=compile, max_length=max_length)
+        ntp = ntp or decoder
+        base, seconds = step_latencies([ntp, decoder], batch_size)
+        per_step, cost = tokens_per_step(tree[:block - 1]), seconds / base
+        table.append(dict(block=block, tokens_per_step=per_step, cost=cost, seconds_per_step=seconds,
+                          speedup=per_step / cost))
+        best = max(best, table[-1]["speedup"])
+        if tokens_per_step(tree) / cost < best:
+            break
+    block = max(table, key=lambda row: row["speedup"])["block"]
+    return dict(tree=tree[:block - 1], table=table)
+
+
+def load_tree(path, offsets):
+    """The tree that `decode.py --calibrate` saved, None where there is none. Raises InputError when it is damaged."""
+    try:
+        return check_tree(json.loads(path.read_text())["tree"], offsets)
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is not a tree for this model ({error}); make it again with --calibrate") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Comparing methods
 
-def method_name(offsets):
-    """NTP, MTP, leap with its stride, or mixed."""
+def method_name(tree):
+    """NTP, MTP, leap with its stride, mixed (any offsets), or tree, also for a chain from other sources."""
+    offsets = offsets_of(tree)
     strides = {b - a for a, b in zip(offsets, offsets[1:])}
+    if tree != chain(draft_sources(offsets)):
+        return "tree"
     if len(strides) > 1:
         return "mixed"
     return {0: "NTP", 1: "MTP"}.get(stride := max(strides, default=0), f"leap k={stride}")
@@ -378,14 +664,43 @@ def default_methods(offsets):
     return list(dict.fromkeys(found + [tuple(offsets)]))
 
 
+@torch.no_grad()
+def check_rounding(decoder, prompts, generation, first_row=0):
+    """Whether a text written in 16 bits is what the model says: each emitted token is teacher-forced, given the text
+    before it, in float32 with the decoder's weights. -> dict of counts over the new tokens:
+
+    argmax: the model's choice; near_tie: rounding could have chosen it; neither: an error. Rounding could choose a
+    token whose score is at most `margin` below the best, twice the largest distance on this text between the scores of
+    a pass in the decoder's dtype and in float32; largest_gap is the largest that was needed.
+    """
+    exact = copy.deepcopy(decoder.gpt).float()
+    counts = dict(argmax=0, near_tie=0, neither=0, margin=0.0, largest_gap=0.0)
+    for i, (prompt, new) in enumerate(zip(prompts, generation.tokens)):
+        text = torch.tensor([[*prompt, *new]], device=decoder.device)
+        place = torch.arange(len(prompt), text.shape[1], device=decoder.device)[None]
+        row = torch.full((1, 1), first_row + i, device=decoder.device)
+        scores, rounded = (decoder.scores(gpt(text[:, :-1])[0][:, len(prompt) - 1:].float(), row, place)[0]
+                           for gpt in (exact, decoder.gpt))                 # (n, V)
+        margin = 2 * (scores - rounded).abs().max()
+        gap = scores.amax(-1) - scores.gather(1, text[0, len(prompt):, None])[:, 0]
+        near = gap[(gap > 0) & (gap <= margin)]
+        counts["argmax"] += int((gap == 0).sum())
+        counts["near_tie"] += len(near)
+        counts["neither"] += int((gap > margin).sum())
+        counts["margin"] = max(counts["margin"], margin.item())
+        counts["largest_gap"] = max([counts["largest_gap"], *near.tolist()])
+    return counts
+
+
 def compare(model, methods, prompts, new_tokens, temperatures=(0.0, 1.0), rounds=3, compile=False, dtype=None,
             top_k=None, top_p=None, seed=0, batch_size=1, progress=True):
-    """Time every method on the same prompts, interleaved. methods: list of offsets, the first being the baseline.
+    """Time every method on the same prompts, interleaved. methods: list of trees, the first being the baseline.
 
     Returns (records, generations): a record per temperature and method, with medians over the rounds, and
-    generations[temperature][offsets], the list of Generations of the last round.
+    generations[temperature][tree], the list of Generations of the last round.
     """
     batches = [prompts[i:i + batch_size] for i in range(0, len(prompts), batch_size)]
+    max_length = max(map(len, prompts)) + new_tokens
     bar = tqdm(total=len(methods) * len(temperatures) * (1 + rounds), unit="run", leave=False,
                disable=None if progress else True)
     records, generations = [], {}
@@ -393,8 +708,8 @@ def compare(model, methods, prompts, new_tokens, temperatures=(0.0, 1.0), rounds
         decoders = {}
         for m in methods:                                                   # not timed: compiles, touches all memory
             bar.set_description(f"{'compile' if compile else 'warm up'} {method_name(m)}, temperature {temperature:g}")
-            decoders[m] = Decoder(model, m, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, dtype=dtype,
-                                  compile=compile)
+            decoders[m] = Decoder(model, tree=m, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
+                                  dtype=dtype, compile=compile, max_length=max_length)
             for size in {len(b) for b in batches}:
                 decoders[m].generate(prompts[:1] * size, min(new_tokens, 4 * decoders[m].N))
             bar.update()
@@ -411,13 +726,19 @@ def compare(model, methods, prompts, new_tokens, temperatures=(0.0, 1.0), rounds
         base = [t for g in last[methods[0]] for t in g.tokens]
         for m, done in last.items():
             speedup = statistics.median(a / b for a, b in zip(speed[m], speed[methods[0]]))
-            steps = max(1, sum(g.steps for g in done))
-            per_step = sum(len(t) - 1 for g in done for t in g.tokens) / steps
+            steps = sum(g.steps for g in done)
+            per_step = sum(len(t) for g in done for t in g.tokens) / steps
             records.append(dict(
-                temperature=temperature, method=method_name(m), offsets=m, tokens_per_step=per_step,
-                tokens_per_second=statistics.median(speed[m]), speedup=speedup, efficiency=speedup / per_step,
-                accepted={j: sum(g.accepted[j] * g.steps for g in done) / steps for j in decoders[m].sources},
+                temperature=temperature, method=method_name(m), offsets=offsets_of(m), block=1 + len(m),
+                tokens_per_step=per_step, tokens_per_second=statistics.median(speed[m]), speedup=speedup,
+                efficiency=speedup / per_step,
+                accepted={j: sum(g.accepted[j] * g.steps for g in done) / steps for j in done[0].accepted},
                 identical=[t for g in done for t in g.tokens] == base))
+            if decoders[m].dtype != torch.float32 and top_k is None and top_p is None:
+                checks = [check_rounding(decoders[m], batch, g, i * batch_size)
+                          for i, (batch, g) in enumerate(zip(batches, done))]
+                how = dict(argmax=sum, near_tie=sum, neither=sum, margin=max, largest_gap=max)
+                records[-1]["rounding"] = {key: f(c[key] for c in checks) for key, f in how.items()}
         generations[temperature] = last
     bar.close()
     return records, generations
@@ -426,40 +747,82 @@ def compare(model, methods, prompts, new_tokens, temperatures=(0.0, 1.0), rounds
 def print_table(title, records):
     """Print records of `compare`, or of held_out_acceptance in the same form, as a table."""
     print(f"\n{title}")
-    print(f"{'method':10}{'offsets':14}{'tokens/step':>12}{'tokens/s':>10}{'speedup':>9}{'efficiency':>12}  "
-          f"{'text':11}accepted at distance 2, 3, ...")
+    print(f"{'method':10}{'offsets':14}{'block':>5}{'tokens/step':>13}{'tokens/s':>10}{'speedup':>9}"
+          f"{'efficiency':>12}  {'text':11}accepted at distance 2, 3, ...")
     for r in records:
         timed, text = " " * 33, ""                                          # held-out text is not generated
         if "speedup" in r:
             timed = f"{r['tokens_per_second']:10,.0f}{r['speedup']:8.2f}x{r['efficiency']:12.2f}  "
             text = "identical" if r["identical"] else "DIFFERENT"
-        print(f"{r['method']:10}{','.join(map(str, r['offsets'])):14}{r['tokens_per_step']:12.2f}{timed}{text:11}"
-              + " ".join(f"{share:4.0%}" for share in r["accepted"].values()))
+        if "rounding" in r:                                                 # 16 bits: what counts is who said so
+            text = f"{r['rounding']['neither']} WRONG" if r["rounding"]["neither"] else \
+                f"{r['rounding']['near_tie']} near-ties"
+        print(f"{r['method']:10}{','.join(map(str, r['offsets'])):14}{r['block']:5}{r['tokens_per_step']:13.2f}{timed}"
+              f"{text:11}" + " ".join(f"{share:4.0%}" for share in r["accepted"].values()))
+    rounding = [r["rounding"] for r in records if "rounding" in r]
+    if rounding:
+        print(f"near-ties: tokens that are not the float32 argmax given the text before them, but within the rounding "
+              f"of it\n(at most {max(r['largest_gap'] for r in rounding):.3f} below; rounding moves a difference by up "
+              f"to {max(r['margin'] for r in rounding):.3f}); all other tokens are that argmax")
 
 
-SHADES = (157, 121, 86, 81, 75, 105, 141, 177)                                # 256-colour codes, near to far
+# ---------------------------------------------------------------------------------------------------------------------
+# Showing where a text came from
+
+SHADES = (157, 121, 86, 81, 75, 105, 141, 177)                              # 256-colour codes, near to far
 
 
-def trace(generation, sources, tokenizer, color=True):
-    """The first row's new text, showing where each token came from: the model itself (plain), or a draft, shaded by
+def trace(generation, tree, tokenizer, color=True):
+    """The first row's new text, showing where each token came from: the model itself (plain), or a candidate, shaded by
     its distance and underlined where it was made by looking back. Without colour each step stands in brackets."""
-    style = {j: f"38;5;16;48;5;{SHADES[min(j - 2, len(SHADES) - 1)]}" + (";4" if b else "")
-             for j, (_, b) in sources.items()}
+    style = {i: f"38;5;16;48;5;{SHADES[min(d - 1, len(SHADES) - 1)]}" + (";4" if node.look_back else "")
+             for i, (node, d) in enumerate(zip(tree, depths(tree)[1:]), 1)}
     decoder, out, text = codecs.getincrementaldecoder("utf-8")("replace"), [], ""
-    for token, distance in zip(generation.tokens[0], generation.distances[0]):
+    for token, node in zip(generation.tokens[0], generation.nodes[0]):
         text += decoder.decode(tokenizer.decode_single_token_bytes(token))  # a character may take several tokens
         if color:
-            out += [f"\033[{style[distance]}m{part}\033[0m" if distance > 1 and part.strip("\n") else part
+            out += [f"\033[{style[node]}m{part}\033[0m" if node and part.strip("\n") else part
                     for part in re.split("(\n)", text)]
             text = ""
-        elif distance == 1:                                                 # the last token of its step
+        elif node == 0:                                                     # the last token of its step
             out.append(f"[{text}]")
             text = ""
     if text:                                                                # the last step was cut short
         out.append(f"[{text}]")
-    legend = "  ".join(f"\033[{style[j]}m{j}\033[0m from offset {o}" + (f", {b} back" if b else "")
-                       for j, (o, b) in sources.items())
-    return "".join(out) + "\n" + (f"drafts by distance: {legend}" if color else "(one step per bracket)")
+    legend = "  ".join(f"\033[38;5;16;48;5;{SHADES[min(j - 2, len(SHADES) - 1)]}m{j}\033[0m"
+                       for j in sorted({d + 1 for d in depths(tree)[1:]}))
+    return "".join(out) + "\n" + (f"guessed at distance {legend}, underlined: by looking back" if color
+                                  else "(one step per bracket)")
+
+
+def html_page(title, generation, tree, tokenizer, prompt):
+    """A self-contained page of the first row: tokens coloured by distance, and on hover where each came from, what else
+    the step had guessed, and the tokens per step so far. `generation` needs record=True."""
+    depth = depths(tree)
+    text = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def origin(i):                                                          # distance, offset, look-back, rank
+        return [depth[i] + 1, *tree[i - 1][1:]]
+    tokens, steps, done = [], [], 0
+    roots = [position[0] for position, _ in generation.history] + [len(prompt) + len(generation.tokens[0]) - 1]
+    for (_, block), here, there in zip(generation.history, roots, roots[1:]):
+        if there == here:                                                   # the row had ended
+            continue
+        nodes = generation.nodes[0][done:done + there - here]
+        for token, i in zip(generation.tokens[0][done:], nodes):
+            part = text.decode(tokenizer.decode_single_token_bytes(token))  # a character may take several tokens
+            tokens.append([part, len(steps), origin(i) if i else None])
+        done += there - here
+        rejected = [[tokenizer.decode_single_token_bytes(block[0][i]).decode("utf-8", "replace"), *origin(i)]
+                    for i in range(1, len(block[0])) if i not in nodes]
+        steps.append(dict(accepted=sum(i > 0 for i in nodes), rejected=rejected, rate=done / (len(steps) + 1)))
+    about = (f"{done} tokens in {len(steps)} steps, {done / len(steps):.2f} per step; each step is one forward pass of "
+             f"{len(depth)} tokens. Hover over a token.")
+    data = dict(tokens=tokens, steps=steps, about=about, prompt=tokenizer.decode(prompt),
+                distances=sorted({d + 1 for d in depth[1:]}), back=any(node.look_back for node in tree))
+    safe = json.dumps(data).replace("<", "\\u003c")                         # nothing in the text can end the script
+    page = (Path(__file__).parent / "docs" / "generation.html").read_text()
+    return page.replace("TITLE", html.escape(title)).replace("DATA", safe)
 
 
 def environment(device):
@@ -477,15 +840,21 @@ def parse_args():
     p = argparse.ArgumentParser(
         prog="decode.py", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description="Generate the same text with NTP, MTP and leap decoding and compare: tokens per step, tokens per "
-                    "second, speedup over NTP, and that speedup over tokens per step (1: drafting costs nothing).")
+                    "second, speedup over NTP, and that speedup over tokens per step (1: drafting costs nothing). A "
+                    "tree of candidates that --calibrate has found takes part from then on.")
     p.add_argument("runs", nargs="+", metavar="RUN", help="run folder or checkpoint made by train.py")
-    p.add_argument("--methods", nargs="+", metavar="OFFSETS", help="what to compare, as in: 1 1,2,3,4 1,3,5,7; "
-                   "default: what the model's offsets allow")
+    p.add_argument("--methods", nargs="+", metavar="OFFSETS", help="what to compare, as in: 1 1,2,3,4 1,3,5,7 "
+                   "tree; default: what the model's offsets allow, and the tree if there is one")
     p.add_argument("--data", help="corpus whose held-out half gives the prompts; default: the one trained on")
     p.add_argument("--prompt", help="continue this text instead")
+    p.add_argument("--calibrate", action="store_true", help="first find the tree of candidates that writes fastest on "
+                   "this machine, from held-out text and measured steps, and save it as tree.json in the run's folder")
+    p.add_argument("--tree-nodes", type=int, metavar="N", help="with --calibrate: the best tree of N candidates, "
+                   "whatever they cost")
     p.add_argument("--trace", action="store_true", help="show the text, each token marked by where it came from")
     p.add_argument("--color", default="auto", choices=["auto", "always", "never"],
                    help="of the trace; auto: on a terminal")
+    p.add_argument("--html", metavar="FILE", help="write a page to look at the last method's text token by token")
     p.add_argument("--prompts", type=int, default=32, help="how many held-out prompts")
     p.add_argument("--prompt-tokens", type=int, default=argparse.SUPPRESS,
                    help="their length (default: 64, or a quarter of the context if that is less)")
@@ -516,15 +885,48 @@ def can_compile(device):
     return device.type != "mps"                                             # there it is still a prototype
 
 
+def title_of(tree, temperature):
+    """A method and its temperature in words."""
+    return f"{method_name(tree)} {','.join(map(str, offsets_of(tree)))}, temperature {temperature:g}"
+
+
+def print_calibration(found):
+    """Print what `calibrate` returned."""
+    best = 1 + len(found["tree"])
+    print(f"\ncalibration on held-out text\n{'block':>5}{'tokens/step':>13}{'cost':>7}{'ms/step':>9}{'speedup':>9}")
+    for r in found["table"]:
+        timed = f"{r['cost']:7.2f}{1e3 * r['seconds_per_step']:9.2f}{r['speedup']:8.2f}x" if "cost" in r else ""
+        print(f"{r['block']:5}{r['tokens_per_step']:13.2f}{timed}{'   <- chosen' * (r['block'] == best)}")
+    for i, (node, d) in enumerate(zip(found["tree"], depths(found["tree"])[1:]), 1):
+        print(f"node {i:2} after {node.parent:2}, distance {d + 1}: offset {node.offset}, look-back {node.look_back}, "
+              f"rank {node.rank + 1}")
+
+
+def write_whole(path, text):
+    """Write a text file so that it is whole or not there."""
+    part = Path(f"{path}.part")
+    try:
+        part.write_text(text)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def report(run, model, state, args):
     """Everything decode.py shows about one run. -> its results as a dict for --out."""
     device, config = pick_device(args.device), model.gpt.config
     model = model.to(device).eval()
     methods = default_methods(model.offsets)
     if args.methods:
-        methods = [check_offsets(parse_offsets(m), model.offsets) for m in args.methods]
+        methods = [check_offsets(parse_offsets(m), model.offsets) for m in args.methods if m != "tree"]
         methods = list(dict.fromkeys([(1,)] + methods))                     # the baseline comes first
-    if args.prompt is None:
+    methods = [chain(draft_sources(m)) for m in methods]
+    tree_file = (Path(run) if os.path.isdir(run) else Path(run).parent) / "tree.json"
+    with_tree = args.calibrate or "tree" in (args.methods or ["tree"])
+    tree = load_tree(tree_file, model.offsets) if with_tree and not args.calibrate else None
+    if args.methods and with_tree and not args.calibrate and tree is None:
+        raise InputError(f"{run} has no tree yet; find one with --calibrate")
+    if args.prompt is None or args.calibrate:
         corpus = Corpus(args.data or state["args"]["data"])
         if corpus.meta["tokenizer"] != state["tokenizer"]:
             raise InputError(f"{corpus.folder} is in {corpus.meta['tokenizer']} tokens, {run} was trained on "
@@ -532,7 +934,7 @@ def report(run, model, state, args):
         tokenizer = corpus.tokenizer
         length = getattr(args, "prompt_tokens", min(64, max(1, config.block_size // 4)))
         prompts = corpus.windows("val", args.prompts, length).tolist()
-    else:
+    if args.prompt is not None:
         tokenizer = get_tokenizer(state["tokenizer"])
         prompts = [tokenizer.encode_ordinary(args.prompt)]
     new_tokens = getattr(args, "new_tokens", max(1, min(192, config.block_size - len(prompts[0]))))
@@ -546,62 +948,77 @@ def report(run, model, state, args):
     print(f"{run}: {n / 1e6:.2f}M parameters, offsets {model.offsets}, {state['step']} steps; {len(prompts)} prompts, "
           f"{new_tokens} new tokens each, batch {args.batch_size}, {how}, {args.dtype} on {device}, "
           f"{torch.get_num_threads()} threads")
+    how = dict(batch_size=args.batch_size, dtype=getattr(torch, args.dtype), compile=compile)
+    found = None
+    if args.calibrate:
+        windows = corpus.windows("val", 64, config.block_size + 1)[1::2]    # the table below shows the others
+        found = calibrate(model, windows, args.tree_nodes, **how)
+        print_calibration(found)
+        found.update(environment=environment(device), batch_size=args.batch_size, dtype=args.dtype, compiled=compile)
+        write_whole(tree_file, json.dumps(found, indent=1))
+        tree = found["tree"]
+    if tree is not None:
+        methods = list(dict.fromkeys(methods + [tree]))
     titles = {args.temperature: f"sampled text, temperature {args.temperature:g}", 0.0: "greedy text"}
     records, generations = compare(
-        model, methods, prompts, new_tokens, sorted(titles), args.rounds, compile, getattr(torch, args.dtype),
-        args.top_k, args.top_p, args.seed, args.batch_size)
+        model, methods, prompts, new_tokens, sorted(titles), args.rounds, top_k=args.top_k, top_p=args.top_p,
+        seed=args.seed, **how)
     for temperature, title in sorted(titles.items()):
         print_table(title, [r for r in records if r["temperature"] == temperature])
     held_out = []
     for m in methods if args.prompt is None else ():
-        if 2 * m[-1] < config.block_size:                                   # else no window is long enough
-            windows = corpus.windows("val", 64, config.block_size + 1)
-            per_step, accepted, a = held_out_acceptance(model, windows, draft_sources(m))
-            held_out.append(dict(method=method_name(m), offsets=m, tokens_per_step=per_step, accepted=accepted,
-                                 acceptance=a, expected_tokens_per_step=expected_tokens_per_step(a.values())))
+        if 2 * offsets_of(m)[-1] < config.block_size:                       # else no window is long enough
+            windows = corpus.windows("val", 64, config.block_size + 1)[::2]
+            per_step, accepted, a = held_out_acceptance(model, windows, m)
+            held_out.append(dict(method=method_name(m), offsets=offsets_of(m), block=1 + len(m),
+                                 tokens_per_step=per_step, accepted=accepted, acceptance=a,
+                                 expected_tokens_per_step=expected_tokens_per_step(a.values())))
     if held_out:
         print_table("held-out text, teacher forcing", held_out)
     if args.trace or args.prompt is not None:
         color = args.color == "always" or args.color == "auto" and sys.stdout.isatty() and "NO_COLOR" not in os.environ
         for m in methods[1:] or methods:
             g = generations[args.temperature][m][0]
-            print(f"\n{method_name(m)} {','.join(map(str, m))}, temperature {args.temperature:g}, "
-                  f"{g.tokens_per_step:.2f} tokens/step, after the prompt {tokenizer.decode(prompts[0])[-40:]!r}:")
-            print(trace(g, draft_sources(m), tokenizer, color))
+            print(f"\n{title_of(m, args.temperature)}, {g.tokens_per_step:.2f} tokens/step, after the prompt "
+                  f"{tokenizer.decode(prompts[0])[-40:]!r}:")
+            print(trace(g, m, tokenizer, color))
+    if args.html:
+        decoder = Decoder(model, tree=methods[-1], temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
+                          seed=args.seed, dtype=getattr(torch, args.dtype))
+        g = decoder.generate(prompts[:1], new_tokens, record=True)
+        title = title_of(methods[-1], args.temperature)
+        write_whole(args.html, html_page(title, g, methods[-1], tokenizer, prompts[0]))
     return dict(run=str(run), parameters=n, steps=state["step"], args=vars(args), compiled=compile,
-                environment=environment(device), generated=records, held_out=held_out)
+                environment=environment(device), generated=records, held_out=held_out, calibration=found)
 
 
 def main():
     """Report on every run; bad input is one line and status 2."""
     args = parse_args()
     try:
-        for name in ("prompts", "prompt_tokens", "batch_size", "rounds"):
-            if getattr(args, name, 1) < 1:
+        if args.tree_nodes is not None and not args.calibrate:
+            raise InputError("--tree-nodes says how --calibrate is to choose; give both")
+        for name in ("prompts", "prompt_tokens", "batch_size", "rounds", "tree_nodes"):
+            if getattr(args, name, None) is not None and getattr(args, name) < 1:
                 raise InputError(f"--{name.replace('_', '-')} must be at least 1")
         loaded = [(run, *load_checkpoint(run)) for run in args.runs]        # what is wrong is said before work starts
         for run, _, state in loaded:
             if not {"args", "step", "tokenizer"} <= state.keys():
                 raise InputError(f"{run} holds a model but not what train.py saves beside it")
-        if args.out:
-            if os.path.isdir(args.out):
-                raise InputError(f"--out {args.out} is a folder; name a file")
-            with open(args.out + ".part", "w"):                             # can it be written?
-                pass
+        for option in ("out", "html"):
+            path = Path(getattr(args, option) or "unused")
+            if path.is_dir() or not os.access(path.parent, os.W_OK):
+                raise InputError(f"--{option} {path} is a folder; name a file" if path.is_dir() else
+                                 f"--{option} {path} cannot be written: no such folder, or not a writable one")
         results = [report(run, model, state, args) for run, model, state in loaded]
         if args.out:
-            with open(args.out + ".part", "w") as f:
-                json.dump(results, f, indent=1)
-            os.replace(args.out + ".part", args.out)
+            write_whole(args.out, json.dumps(results, indent=1))
     except (InputError, CorpusError, OSError) as error:
         print(f"decode.py: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
-    finally:
-        if args.out and os.path.exists(args.out + ".part"):
-            os.remove(args.out + ".part")
 
 
 if __name__ == "__main__":

@@ -92,13 +92,13 @@ class Attention(nn.Module):
         B, T, C = x.shape
         q, kv = self.c_attn(x).split([C, 2 * C], dim=2)                     # (B, T, C), (B, T, 2C)
         if cache is not None:                                               # cache (B, S, 2C), slots (B*T,)
-            cache.view(-1, 2 * C).index_copy_(0, slots, kv.reshape(B * T, 2 * C))
-            kv = cache                                                      # from here on S keys instead of T
+            cache.view(-1, 2 * C).index_copy_(0, slots, kv.reshape(B * T, 2 * C).to(cache.dtype))
+            q, kv = q.to(cache.dtype), cache                                # from here on S keys instead of T
         k, v = kv.split(C, dim=2)
         q, k, v = (t.view(B, -1, self.n_head, C // self.n_head).transpose(1, 2) for t in (q, k, v))  # (B, nh, ., hs)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
                                            dropout_p=self.dropout if self.training else 0.0)
-        y = y.transpose(1, 2).reshape(B, T, C)
+        y = y.transpose(1, 2).reshape(B, T, C).to(x.dtype)
         return F.dropout(self.c_proj(y), self.dropout, self.training)
 
 
@@ -160,12 +160,13 @@ class GPT(nn.Module):
 
         Without a cache the T tokens are a whole text from its start. With one they are a block: `position` (B, T) is
         the place of each token in its text, and cache, slots, mask are as in Block.
-        Raises InputError when T exceeds block_size.
+        Raises InputError when a whole text exceeds block_size.
         """
-        T = idx.shape[1]
-        if T > self.config.block_size:
-            raise InputError(f"a sequence of {T} tokens is longer than the model's context of {self.config.block_size}")
         if position is None:
+            T = idx.shape[1]
+            if T > self.config.block_size:
+                raise InputError(f"a sequence of {T} tokens is longer than the model's context of "
+                                 f"{self.config.block_size}")
             position = torch.arange(T, device=idx.device)
         x = self.transformer.wte(idx) + self.transformer.wpe(position)
         x = F.dropout(x, self.config.dropout, self.training)

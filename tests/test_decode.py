@@ -2,14 +2,19 @@
 import itertools
 import json
 import math
+import shutil
 
 import pytest
 import torch
 import transformers
 
 from conftest import assert_one_line_error, command, tiny_model
-from decode import (Decoder, Generation, can_compile, compare, default_methods, expected_tokens_per_step, filter_logits,
-                    gumbel_noise, held_out_acceptance, method_name, print_table, trace)
+import decode
+from decode import (BLOCKS, CHUNK, Decoder, Generation, Node, accepted_depths, calibrate, can_compile, chain,
+                    check_rounding, compare, default_methods, depths, expected_tokens_per_step, filter_logits,
+                    grow_tree, guess_hits, gumbel_noise, held_out_acceptance, html_page, method_name, print_table,
+                    trace, walk)
+from data.loader import Corpus
 from data.prepare import get_tokenizer
 from heads import draft_sources
 from model import GPT, InputError
@@ -18,6 +23,9 @@ from train import load_checkpoint, save_checkpoint
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11, 12]]                     # ragged on purpose
 METHODS = [(1,), (1, 2, 3, 4), (1, 3, 5, 7), (1, 4, 7), (1, 2, 3, 4, 5, 7)]
 NTP, MTP, LEAP = (1,), (1, 2, 3, 4), (1, 3, 5, 7)
+# A tree with several children per node, from several sources and ranks, in no order of depth.
+BUSHY = (Node(0, 2, 0, 0), Node(0, 3, 1, 0), Node(0, 4, 2, 0), Node(1, 3, 0, 0), Node(2, 3, 0, 1), Node(0, 2, 0, 1),
+         Node(4, 7, 3, 0), Node(1, 5, 2, 1), Node(7, 7, 2, 0), Node(5, 4, 0, 2))
 
 
 def noise_by_hand(seed, row, position, token):
@@ -48,14 +56,15 @@ def reference(gpt, prompts, new_tokens, temperature=0.0, seed=0):
 # The output cannot change
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, BUSHY])
 @pytest.mark.parametrize("untrained", [False, True])
 @pytest.mark.parametrize("kind, own, n_layer", [("resblock", False, 1), ("resblock", True, 2), ("block", False, 1),
                                                 ("block", True, 2)])
 def test_every_method_emits_the_text_of_recomputing_everything(kind, own, n_layer, untrained, method, temperature):
     model = tiny_model(kind=kind, own=own, n_layer=n_layer, untrained=untrained)
     expected = reference_text(model, temperature)
-    got = Decoder(model, method, temperature=temperature, seed=5).generate(PROMPTS, 30)
+    how = dict(tree=BUSHY) if method == BUSHY else dict(offsets=method)
+    got = Decoder(model, **how, temperature=temperature, seed=5).generate(PROMPTS, 30)
     assert got.tokens == expected
 
 
@@ -127,14 +136,38 @@ def test_generation_ends_with_the_stop_token_wherever_it_stands_in_a_block(metho
             assert text == whole[:end]
 
 
+def test_prompts_are_read_in_chunks_that_leave_no_seam():
+    model = tiny_model(block_size=3 * CHUNK)
+    prompts = [list(torch.randint(0, 31, (n,))) for n in (1, 2, CHUNK, CHUNK + 1, CHUNK + 2, 2 * CHUNK + 1)]
+    for tree in (chain(draft_sources(LEAP)), BUSHY):
+        decoder = Decoder(model, tree=tree)
+        expected = reference(model.gpt, prompts, 12)
+        together = decoder.generate(prompts, 12)
+        alone = [decoder.generate([p], 12) for p in prompts]
+        assert together.tokens == expected == [a.tokens[0] for a in alone]
+        assert together.steps == sum(a.steps for a in alone)                # and the first guesses are as good
+
+
+def test_a_shorter_maximal_length_changes_nothing_but_the_room():
+    model = tiny_model()
+    short = Decoder(model, LEAP, max_length=38)
+    assert short.generate(PROMPTS, 30).tokens == Decoder(model, LEAP).generate(PROMPTS, 30).tokens
+    with pytest.raises(InputError, match="max_length of 38.*at most 30 new"):
+        short.generate(PROMPTS, 31)
+
+
 @pytest.mark.skipif(not can_compile(torch.device("cpu")), reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_the_compiled_step_emits_the_same_text(temperature):
+def test_compiled_programs_emit_the_same_text_and_are_never_compiled_again(temperature):
     model = tiny_model(n_layer=1)
-    for method in (NTP, LEAP):
-        eager, compiled = (Decoder(model, method, temperature=temperature, compile=c) for c in (False, True))
-        for prompts in (PROMPTS, [[3] * 30, [1], [2, 2]]):                  # other lengths: the same program
-            assert compiled.generate(prompts, 30).tokens == eager.generate(prompts, 30).tokens
+    decoders = [[Decoder(model, tree=tree, temperature=temperature, compile=c) for c in (False, True)]
+                for tree in ((), chain(draft_sources(LEAP)), BUSHY)]
+    for eager, compiled in decoders:                                        # each compiles its step, all share a reader
+        assert compiled.generate(PROMPTS, 30).tokens == eager.generate(PROMPTS, 30).tokens
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for prompts in ([[3] * 30, [1], [2, 2]], [[4], [5] * 7, [6] * 34]):
+            for eager, compiled in decoders:
+                assert compiled.generate(prompts, 30).tokens == eager.generate(prompts, 30).tokens
 
 
 @pytest.mark.cuda
@@ -142,9 +175,10 @@ def test_the_compiled_step_emits_the_same_text(temperature):
 @pytest.mark.parametrize("compile", [False, True])
 def test_on_a_gpu_every_method_emits_the_same_text(compile):
     model = tiny_model().cuda()
-    texts = [Decoder(model, m, temperature=t, compile=compile).generate(PROMPTS, 40).tokens
-             for t in (0.0, 1.0) for m in METHODS]
-    half = len(METHODS)
+    trees = [chain(draft_sources(m)) for m in METHODS] + [BUSHY]
+    texts = [Decoder(model, tree=tree, temperature=t, compile=compile).generate(PROMPTS, 40).tokens
+             for t in (0.0, 1.0) for tree in trees]
+    half = len(trees)
     assert all(t == texts[0] for t in texts[:half]) and all(t == texts[half] for t in texts[half:])
 
 
@@ -171,12 +205,12 @@ def counting_model(offsets, wrong=()):
 @pytest.mark.parametrize("method, per_step", [(NTP, 1), (MTP, 4), (LEAP, 7)])
 def test_a_model_that_is_always_right_fills_every_block(method, per_step):
     model = counting_model(METHODS[-1])
-    g = Decoder(model, method).generate([[3, 4, 5]], 1 + 3 * per_step)
-    assert g.tokens == [[(6 + i) % 32 for i in range(1 + 3 * per_step)]]
+    g = Decoder(model, method).generate([[3, 4, 5]], 3 * per_step)
+    assert g.tokens == [[(6 + i) % 32 for i in range(3 * per_step)]]
     assert g.tokens_per_step == per_step
     assert all(share == 1.0 for share in g.accepted.values())
     if method == LEAP:                                                      # drafts at distance 2..7, then the model
-        assert g.distances == [[1] + [2, 3, 4, 5, 6, 7, 1] * 3]
+        assert g.distances == [[2, 3, 4, 5, 6, 7, 1] * 3]
 
 
 def test_looking_back_needs_a_past():
@@ -188,8 +222,8 @@ def test_looking_back_needs_a_past():
 
 def test_a_wrong_head_costs_speed_at_its_distances_and_nothing_else():
     # Offset 5 serves distances 4 and 5 of leap; wrong there, a step emits drafts 2 and 3 and the model's own token.
-    g = Decoder(counting_model(LEAP, wrong=(5,)), LEAP).generate([[3, 4]], 31)
-    assert g.tokens == [[(5 + i) % 32 for i in range(31)]]
+    g = Decoder(counting_model(LEAP, wrong=(5,)), LEAP).generate([[3, 4, 5]], 30)
+    assert g.tokens == [[(6 + i) % 32 for i in range(30)]]
     assert g.tokens_per_step == 3.0
     assert g.accepted == {2: 1.0, 3: 1.0, 4: 0.0, 5: 0.0, 6: 0.0, 7: 0.0}
 
@@ -198,8 +232,8 @@ def test_better_sources_can_be_chosen_by_hand():
     # Offset 5 read two positions back serves distance 3 where offset 3 is wrong.
     model = counting_model((1, 2, 3, 5), wrong=(3,))
     assert Decoder(model, (1, 2, 3)).generate([[3, 4, 5]], 25).tokens_per_step < 3
-    by_hand = Decoder(model, (1, 2, 5), sources={2: (2, 0), 3: (5, 2)})
-    assert by_hand.generate([[3, 4, 5]], 25).tokens_per_step == 3
+    by_hand = Decoder(model, tree=chain({2: (2, 0), 3: (5, 2)}))
+    assert by_hand.generate([[3, 4, 5, 6]], 24).tokens_per_step == 3
 
 
 def test_steps_and_accepted_shares_are_those_of_the_recorded_distances():
@@ -212,11 +246,20 @@ def test_steps_and_accepted_shares_are_those_of_the_recorded_distances():
              for i, p in enumerate(PROMPTS)]
     assert g.tokens == [a.tokens[0] for a in alone] and g.steps == sum(a.steps for a in alone)
     for a in alone:                                                         # a step ends with the model's own token,
-        ends = a.distances[0][1:].count(1)                                  # unless the text ends first
+        ends = a.distances[0].count(1)                                      # unless the text ends first
         assert ends <= a.steps <= ends + 1
-        assert a.tokens_per_step == (len(a.tokens[0]) - 1) / a.steps
+        assert a.tokens_per_step == len(a.tokens[0]) / a.steps
     for j in g.accepted:
         assert g.accepted[j] == pytest.approx(sum(a.accepted[j] * a.steps for a in alone) / g.steps)
+
+
+def test_a_tree_follows_the_branch_that_is_right():
+    # Rank 0 of offset 2 is wrong and looking back two with offset 4 is right; so is what hangs below it.
+    model = counting_model((1, 2, 3, 4), wrong=(2,))
+    tree = (Node(0, 2, 0), Node(0, 4, 2), Node(1, 3, 0), Node(2, 3, 0))
+    g = Decoder(model, tree=tree).generate([[3, 4, 5, 6]], 24)
+    assert g.tokens == [[(7 + i) % 32 for i in range(24)]]
+    assert g.nodes == [[2, 4, 0] * 8] and g.tokens_per_step == 3
 
 
 def test_ntp_takes_one_step_per_token():
@@ -263,6 +306,14 @@ def test_sampled_tokens_follow_the_exact_distribution(method, options):
     assert abs(chi_square(counts[keep], p[keep])) < 4
 
 
+def test_guesses_with_the_models_noise_are_accepted_more_often(run_folder, corpus):
+    model, _ = load_checkpoint(run_folder)
+    prompts = Corpus(corpus).windows("val", 32, 8).tolist()
+    with_noise, without = (Decoder(model, MTP, temperature=1.0, coupled=c).generate(prompts, 24) for c in (True, False))
+    assert with_noise.tokens == without.tokens
+    assert with_noise.tokens_per_step > 1.1 * without.tokens_per_step
+
+
 def test_another_seed_gives_another_text_and_the_same_seed_the_same():
     model = tiny_model()
     a, b, c = (Decoder(model, MTP, temperature=1.0, seed=s).generate(PROMPTS, 30).tokens for s in (0, 1, 0))
@@ -300,7 +351,7 @@ def test_held_out_acceptance_by_brute_force(method):
     windows = torch.randint(0, 31, (3, 30))
     windows[:, 15:] = windows[:, 14:15]                                     # something that can be guessed
     sources = draft_sources(method)
-    got, accepted, share = held_out_acceptance(model, windows, sources)
+    got, accepted, share = held_out_acceptance(model, windows, chain(sources))
     logits = model(windows[:, :-1])
     first, walked, reached, hits = max([b for _, b in sources.values()], default=0), [], {}, {}
     for row in range(3):
@@ -324,10 +375,67 @@ def test_held_out_acceptance_by_brute_force(method):
         assert share[j] == pytest.approx(hits.get(j, 0) / max(1, reached.get(j, 0)))
 
 
+@pytest.mark.parametrize("tree", [chain(draft_sources(LEAP)), BUSHY])
+def test_walking_along_a_text_foretells_the_steps_of_decoding_it(tree):
+    model = tiny_model()
+    prompt = [1, 2, 3, 4, 5]
+    first = max(node.look_back for node in tree)                            # the walk's first position, then the root
+    g = Decoder(model, tree=tree).generate([prompt[:first + 2]], 40)
+    text = torch.tensor([prompt[:first + 2] + g.tokens[0]])
+    steps = walk(accepted_depths(tree, guess_hits(model, text, [node[1:3] for node in tree], 3)))
+    taken = "".join("1" if node else "0" for node in g.nodes[0]).split("0") # "110" is a step that accepted two
+    assert len(steps) > 8 and steps[:-1] == [len(accepted) for accepted in taken][:len(steps) - 1]
+
+
+def test_a_tree_grows_by_the_node_that_accepts_most():
+    torch.manual_seed(0)
+    sources = [(o, o - j) for j in (2, 3, 4) for o in (2, 3, 4) if o >= j]
+    hits = {(o, b, r): torch.rand(3, 40) < 0.5 / (1 + o / 2 + r) for o, b in sources for r in range(3)}
+    tree = grow_tree(hits, 12)
+    for k in range(12):
+        possible = [Node(parent, *source) for parent in range(k + 1) for source in hits
+                    if source[0] - source[1] == depths(tree[:k])[parent] + 2]
+        most = max(accepted_depths((*tree[:k], node), hits).sum() for node in possible)
+        assert accepted_depths(tree[:k + 1], hits).sum() == most
+
+
+def test_calibrate_fills_a_budget_and_stops_where_nothing_is_left_to_gain():
+    windows = torch.randint(0, 31, (4, 40))
+    found = calibrate(tiny_model(), windows, nodes=9)
+    assert len(found["tree"]) == 9 and found["table"][0]["tokens_per_step"] > 1
+    nothing = calibrate(tiny_model(NTP), windows)
+    assert nothing["tree"] == () and [row["block"] for row in nothing["table"]] == [1]
+
+
+@pytest.mark.parametrize("cost, smallest, largest", [(0.0, 48, 64), (0.02, 2, 48), (5.0, 1, 1)])
+def test_calibrate_takes_a_smaller_tree_where_wider_blocks_cost_more(cost, smallest, largest, monkeypatch):
+    monkeypatch.setattr(decode, "step_latencies", lambda decoders, _: [1 + cost * (d.N - 1) for d in decoders])
+    windows = torch.arange(30 * 40).view(30, 40) // 3 % 31                  # each machine a price list
+    found = calibrate(tiny_model(), windows, progress=False)
+    assert smallest <= 1 + len(found["tree"]) <= largest
+    best = max(found["table"], key=lambda row: row["tokens_per_step"] / (1 + cost * (row["block"] - 1)))
+    assert 1 + len(found["tree"]) == best["block"]
+
+
+# 16 bits
+
+@pytest.mark.parametrize("options", [dict(), dict(temperature=1.0)])
+def test_a_text_in_bfloat16_is_the_models_but_for_near_ties(options):
+    decoder = Decoder(tiny_model(), LEAP, dtype=torch.bfloat16, **options)
+    g = decoder.generate(PROMPTS, 50)
+    counts = check_rounding(decoder, PROMPTS, g)
+    assert counts["argmax"] + counts["near_tie"] == 150 and counts["neither"] == 0
+    assert counts["largest_gap"] <= counts["margin"]
+    worst = decoder.gpt(torch.tensor([PROMPTS[0] + g.tokens[0][:9]]))[0][0, -1].argmin()
+    g.tokens[0][9:] = [int(worst)]
+    assert check_rounding(decoder, PROMPTS, g)["neither"] == 1
+
+
 # What is shown
 
 def test_methods_are_named_after_their_offsets():
-    assert [method_name(m) for m in METHODS] == ["NTP", "MTP", "leap k=2", "leap k=3", "mixed"]
+    assert [method_name(chain(draft_sources(m))) for m in METHODS] == ["NTP", "MTP", "leap k=2", "leap k=3", "mixed"]
+    assert method_name(BUSHY) == "tree" and method_name(chain({2: (3, 1)})) == "tree"
 
 
 def test_the_default_comparison_takes_what_the_offsets_allow():
@@ -337,19 +445,22 @@ def test_the_default_comparison_takes_what_the_offsets_allow():
 
 
 def test_compare_reports_every_method_and_finds_the_texts_identical():
-    records, generations = compare(tiny_model(), [NTP, LEAP], PROMPTS, 20, rounds=2, batch_size=2, progress=False)
-    assert [r["temperature"] for r in records] == [0, 0, 1, 1]
-    assert [r["method"] for r in records] == ["NTP", "leap k=2"] * 2
+    ntp, leap, tree = chain(draft_sources(NTP)), chain(draft_sources(LEAP)), BUSHY
+    records, generations = compare(tiny_model(), [ntp, leap, tree], PROMPTS, 20, rounds=2, batch_size=2, progress=False)
+    assert [r["temperature"] for r in records] == [0, 0, 0, 1, 1, 1]
+    assert [r["method"] for r in records] == ["NTP", "leap k=2", "tree"] * 2
+    assert [r["block"] for r in records] == [1, 7, 1 + len(tree)] * 2
     assert all(r["identical"] for r in records)
     assert records[0]["speedup"] == 1.0 and records[0]["tokens_per_step"] == 1.0
     assert all(r["efficiency"] == pytest.approx(r["speedup"] / r["tokens_per_step"]) for r in records)
-    assert [len(t) for g in generations[1.0][LEAP] for t in g.tokens] == [20, 20, 20]
+    assert [len(t) for g in generations[1.0][leap] for t in g.tokens] == [20, 20, 20]
 
 
 def test_compare_notices_a_text_that_differs(monkeypatch, capsys):
-    pick = Decoder.pick                                                     # a decoder that is wrong when it drafts
-    monkeypatch.setattr(Decoder, "pick", lambda self, *a: (pick(self, *a) + (self.N > 1)) % 31)
-    records, _ = compare(tiny_model(), [NTP, LEAP], PROMPTS, 20, temperatures=[0.0], rounds=1, progress=False)
+    scores = Decoder.scores                                                 # a decoder that is wrong when it drafts
+    monkeypatch.setattr(Decoder, "scores", lambda self, *a: scores(self, *a).roll(int(self.N > 1), -1))
+    methods = [(), chain(draft_sources(LEAP))]
+    records, _ = compare(tiny_model(), methods, PROMPTS, 20, temperatures=[0.0], rounds=1, progress=False)
     assert [r["identical"] for r in records] == [True, False]
     print_table("greedy", records)
     assert "DIFFERENT" in capsys.readouterr().out
@@ -358,16 +469,30 @@ def test_compare_notices_a_text_that_differs(monkeypatch, capsys):
 def test_however_prompts_are_cut_into_batches_the_sampled_texts_are_the_same():
     texts = []
     for size in (1, 2, 3):
-        _, generations = compare(tiny_model(), [LEAP], PROMPTS, 20, [1.0], rounds=1, batch_size=size, progress=False)
-        texts.append([t for g in generations[1.0][LEAP] for t in g.tokens])
+        _, generations = compare(tiny_model(), [BUSHY], PROMPTS, 20, [1.0], rounds=1, batch_size=size, progress=False)
+        texts.append([t for g in generations[1.0][BUSHY] for t in g.tokens])
     assert texts[0] == texts[1] == texts[2]
 
 
 def test_a_trace_shows_the_text_with_one_bracket_per_step():
-    g = Generation(tokens=[list("x = 'naïve'".encode())], distances=[[1, 2, 3, 1, 1, 2, 3, 4, 5, 1, 1, 2]],
-                   steps=5, tokens_per_step=2.4, accepted={}, seconds=1.0)
-    plain = trace(g, draft_sources(LEAP), get_tokenizer("bytes"), color=False).splitlines()[0]
+    g = Generation(tokens=[list("x = 'naïve'".encode())], nodes=[[0, 1, 2, 0, 0, 1, 2, 3, 4, 0, 0, 1]], distances=[],
+                   steps=5, tokens_per_step=2.4, accepted={}, seconds=1.0, history=[])
+    plain = trace(g, chain(draft_sources(LEAP)), get_tokenizer("bytes"), color=False).splitlines()[0]
     assert plain == "[x][ = ]['][naïv][e][']"
+
+
+def test_the_page_holds_the_text_and_where_each_token_came_from():
+    model, prompt = tiny_model(vocab_size=257), list(b"a </script>")
+    tokenizer = get_tokenizer("bytes")
+    g = Decoder(model, tree=BUSHY).generate([prompt], 40, record=True)
+    page = html_page("a < b", g, BUSHY, tokenizer, prompt)
+    assert "a &lt; b" in page and page.count("</script>") == 1 and "http" not in page
+    data = json.loads(page[page.index("const data = ") + 13:page.index(";\nconst get")])
+    assert "".join(t[0] for t in data["tokens"]) == tokenizer.decode(g.tokens[0])
+    assert [t[2][0] if t[2] else 1 for t in data["tokens"]] == g.distances[0]
+    assert len(data["steps"]) == g.steps and sum(s["accepted"] for s in data["steps"]) == sum(n > 0 for n in g.nodes[0])
+    assert all(s["accepted"] + len(s["rejected"]) == len(BUSHY) for s in data["steps"][:-1])
+    assert data["steps"][-1]["rate"] == g.tokens_per_step
 
 
 # Limits are errors, said before work starts
@@ -387,13 +512,16 @@ def test_a_stop_token_that_does_not_exist_is_refused():
 
 def test_offsets_as_wide_as_the_context_are_refused_where_no_window_is_long_enough():
     with pytest.raises(InputError, match="too short"):
-        held_out_acceptance(tiny_model((1, 32)), torch.zeros(2, 33, dtype=torch.long), draft_sources((1, 32)))
+        held_out_acceptance(tiny_model((1, 32)), torch.zeros(2, 33, dtype=torch.long), chain(draft_sources((1, 32))))
 
 
 @pytest.mark.parametrize("options, message", [
     (dict(offsets=(1, 6)), "no head for offset 6"), (dict(offsets=(2, 3)), "start with 1"),
-    (dict(offsets=(1, 2, 4), sources={2: (2, 0), 4: (4, 0)}), "distance 3.* hole"),
-    (dict(offsets=(1, 3), sources={2: (3, 2)}), "cannot come"), (dict(offsets=(1, 3), sources={2: (5, 3)}), "cannot"),
+    (dict(tree=chain({2: (2, 0), 4: (4, 0)})), "distance 3, which cannot come from offset 4"),  # a hole
+    (dict(tree=[(0, 3, 2)]), "cannot come"), (dict(offsets=(1, 3), tree=[(0, 5, 3)]), "no head for offset 5"),
+    (dict(tree=[(0, 1, -1)]), "cannot come"), (dict(tree=[(0, 2, 0, -1)]), "rank -1"),
+    (dict(tree=[(1, 2, 0)]), "stand before"), (dict(tree=[(0, 2, 0, 31)]), "32 guesses of a vocabulary of 31"),
+    (dict(tree=[(0, 2)]), "list of nodes"), (dict(tree=[5]), "list of nodes"), (dict(max_length=65), "max_length"),
     (dict(temperature=-1), "temperature"), (dict(top_k=0), "top_k"), (dict(top_p=1.5), "top_p")])
 def test_decoders_that_cannot_be_are_refused(options, message):
     with pytest.raises(InputError, match=message):
@@ -423,6 +551,30 @@ def test_the_command_continues_a_prompt_of_ones_own(run_folder):
     assert "def f7(" in result.stdout and "held-out" not in result.stdout
 
 
+def test_the_command_calibrates_a_tree_and_uses_it_from_then_on(run_folder, tmp_path):
+    run = shutil.copytree(run_folder, tmp_path / "run")
+    assert_one_line_error(command("decode.py", run, *FAST, "--methods", "tree"), "no tree yet", "--calibrate")
+    first = command("decode.py", run, *FAST, "--calibrate", "--tree-nodes", "6", "--html", tmp_path / "page.html")
+    assert first.returncode == 0, first.stderr
+    assert "distance 2: offset" in first.stdout and len(json.loads((run / "tree.json").read_text())["tree"]) == 6
+    assert "<pre" in (tmp_path / "page.html").read_text()
+    second = command("decode.py", run, *FAST, "--methods", "tree", "--out", tmp_path / "table.json")
+    results = json.loads((tmp_path / "table.json").read_text())[0]["generated"]
+    assert [(r["method"], r["block"], r["identical"]) for r in results] == 2 * [("NTP", 1, True), ("tree", 7, True)]
+    assert "tree" in second.stdout
+    (run / "tree.json").write_text('{"tree": [[0, 9, 7, 0]]}')
+    assert_one_line_error(command("decode.py", run, *FAST), "tree.json", "offset 9", "--calibrate")
+
+
+def test_the_command_measures_when_it_calibrates(run_folder, tmp_path):
+    run = shutil.copytree(run_folder, tmp_path / "run")
+    result = command("decode.py", run, *FAST, "--calibrate", "--methods", "1")
+    assert result.returncode == 0, result.stderr
+    found = json.loads((run / "tree.json").read_text())
+    assert found["table"][0]["block"] == 1 and found["table"][0]["cost"] > 0 and "<- chosen" in result.stdout
+    assert [r["block"] for r in found["table"]] == list(BLOCKS)[:len(found["table"])]
+
+
 @pytest.mark.parametrize("options, words", [
     (["--prompt", ""], ["prompt is empty"]), (["--prompt", "x" * 40], ["exceed", "context of 32"]),
     (["--new-tokens", "30"], ["exceed"]), (["--new-tokens", "0"], ["at least 1"]), (["--methods", "1,6"], ["offset 6"]),
@@ -430,7 +582,9 @@ def test_the_command_continues_a_prompt_of_ones_own(run_folder):
     (["--temperature", "-1"], ["temperature"]), (["--top-p", "3"], ["top_p"]), (["--device", "tpu"], ["not available"]),
     (["--prompts", "0"], ["--prompts"]), (["--batch-size", "0"], ["--batch-size"]), (["--rounds", "0"], ["--rounds"]),
     (["--prompt-tokens", "0"], ["--prompt-tokens"]), (["--out", "no/such/folder/x.json"], ["no/such/folder"]),
-    (["--out", "tests"], ["is a folder"]), (["--new-tokens", "abc"], ["--new-tokens"]),
+    (["--out", "tests"], ["is a folder"]), (["--html", "no/such/x.html"], ["--html", "no/such"]),
+    (["--tree-nodes", "4"], ["--calibrate"]), (["--calibrate", "--tree-nodes", "0"], ["--tree-nodes", "at least 1"]),
+    (["--new-tokens", "abc"], ["--new-tokens"]),
     (["--nonsense"], ["--nonsense"])])
 def test_bad_options_are_one_line(options, words, run_folder):
     assert_one_line_error(command("decode.py", run_folder, *FAST, *options), *words)
