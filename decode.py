@@ -173,11 +173,9 @@ class Decoder:
         self.max_length = config.block_size if max_length is None else max_length
         if not 1 <= self.max_length <= config.block_size:
             raise InputError(f"max_length must be in 1..{config.block_size}, the model's context, not {max_length}")
-        dtype = dtype or model.gpt.lm_head.weight.dtype
-        if model.training or dtype != model.gpt.lm_head.weight.dtype:
-            model = copy.deepcopy(model).eval().to(dtype)
+        model = ready(model, dtype)
         self.gpt, self.top_k, self.top_p, self.coupled = model.gpt, top_k, top_p, coupled
-        self.device, self.dtype = self.gpt.lm_head.weight.device, dtype
+        self.device, self.dtype = self.gpt.lm_head.weight.device, self.gpt.lm_head.weight.dtype
         self.temperature, self.seed = float(temperature), int(seed) & 0xFFFFFFFF
         self.states, self.compile = {}, compile
 
@@ -388,6 +386,14 @@ class Decoder:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
+
+
+def ready(model, dtype=None):
+    """The model in eval mode and dtype (None: its own), ready for decoding: itself, or else a copy."""
+    weight = model.gpt.lm_head.weight
+    if model.training or dtype not in (None, weight.dtype):
+        model = copy.deepcopy(model).eval().to(dtype or weight.dtype)
+    return model
 
 
 def read(gpt, heads, caches, idx, start, depth, visible):
@@ -615,10 +621,10 @@ def calibrate(model, windows, nodes=None, batch_size=1, dtype=None, compile=Fals
         return 1 + statistics.fmean(walk(accepted_depths(tree, hits))) if tree else 1.0
     if nodes is not None:
         return dict(tree=tree, table=[dict(block=1 + len(tree), tokens_per_step=tokens_per_step(tree))])
-    ntp, table, best = None, [], 0.0
+    ntp, table, best, model = None, [], 0.0, ready(model, dtype)
     for block in tqdm([b for b in BLOCKS if b <= 1 + len(tree)], desc="calibrate", unit="block", leave=False,
                       disable=None if progress else True):
-        decoder = Decoder(model, tree=tree[:block - 1], dtype=dtype, compile=compile, max_length=max_length)
+        decoder = Decoder(model, tree=tree[:block - 1], compile=compile, max_length=max_length)
         ntp = ntp or decoder
         base, seconds = step_latencies([ntp, decoder], batch_size)
         per_step, cost = tokens_per_step(tree[:block - 1]), seconds / base
@@ -665,9 +671,10 @@ def default_methods(offsets):
 
 
 @torch.no_grad()
-def check_rounding(decoder, prompts, generation, first_row=0):
+def check_rounding(decoder, prompts, texts):
     """Whether a text written in 16 bits is what the model says: each emitted token is teacher-forced, given the text
-    before it, in float32 with the decoder's weights. -> dict of counts over the new tokens:
+    before it, in float32 with the decoder's weights. prompts, texts: lists of tokens; text i was sampled as row i.
+    -> dict of counts over all tokens:
 
     argmax: the model's choice; near_tie: rounding could have chosen it; neither: an error. Rounding could choose a
     token whose score is at most `margin` below the best, twice the largest distance on this text between the scores of
@@ -675,10 +682,10 @@ def check_rounding(decoder, prompts, generation, first_row=0):
     """
     exact = copy.deepcopy(decoder.gpt).float()
     counts = dict(argmax=0, near_tie=0, neither=0, margin=0.0, largest_gap=0.0)
-    for i, (prompt, new) in enumerate(zip(prompts, generation.tokens)):
+    for i, (prompt, new) in enumerate(zip(prompts, texts)):
         text = torch.tensor([[*prompt, *new]], device=decoder.device)
         place = torch.arange(len(prompt), text.shape[1], device=decoder.device)[None]
-        row = torch.full((1, 1), first_row + i, device=decoder.device)
+        row = torch.full((1, 1), i, device=decoder.device)
         scores, rounded = (decoder.scores(gpt(text[:, :-1])[0][:, len(prompt) - 1:].float(), row, place)[0]
                            for gpt in (exact, decoder.gpt))                 # (n, V)
         margin = 2 * (scores - rounded).abs().max()
@@ -699,6 +706,7 @@ def compare(model, methods, prompts, new_tokens, temperatures=(0.0, 1.0), rounds
     Returns (records, generations): a record per temperature and method, with medians over the rounds, and
     generations[temperature][tree], the list of Generations of the last round.
     """
+    model = ready(model, dtype)                                             # once for all decoders
     batches = [prompts[i:i + batch_size] for i in range(0, len(prompts), batch_size)]
     max_length = max(map(len, prompts)) + new_tokens
     bar = tqdm(total=len(methods) * len(temperatures) * (1 + rounds), unit="run", leave=False,
@@ -709,7 +717,7 @@ def compare(model, methods, prompts, new_tokens, temperatures=(0.0, 1.0), rounds
         for m in methods:                                                   # not timed: compiles, touches all memory
             bar.set_description(f"{'compile' if compile else 'warm up'} {method_name(m)}, temperature {temperature:g}")
             decoders[m] = Decoder(model, tree=m, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
-                                  dtype=dtype, compile=compile, max_length=max_length)
+                                  compile=compile, max_length=max_length)
             for size in {len(b) for b in batches}:
                 decoders[m].generate(prompts[:1] * size, min(new_tokens, 4 * decoders[m].N))
             bar.update()
@@ -734,11 +742,8 @@ def compare(model, methods, prompts, new_tokens, temperatures=(0.0, 1.0), rounds
                 efficiency=speedup / per_step,
                 accepted={j: sum(g.accepted[j] * g.steps for g in done) / steps for j in done[0].accepted},
                 identical=[t for g in done for t in g.tokens] == base))
-            if decoders[m].dtype != torch.float32 and top_k is None and top_p is None:
-                checks = [check_rounding(decoders[m], batch, g, i * batch_size)
-                          for i, (batch, g) in enumerate(zip(batches, done))]
-                how = dict(argmax=sum, near_tie=sum, neither=sum, margin=max, largest_gap=max)
-                records[-1]["rounding"] = {key: f(c[key] for c in checks) for key, f in how.items()}
+            if decoders[m].dtype != torch.float32 and top_k is None and top_p is None:  # these have edges that move
+                records[-1]["rounding"] = check_rounding(decoders[m], prompts, [t for g in done for t in g.tokens])
         generations[temperature] = last
     bar.close()
     return records, generations

@@ -35,7 +35,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data.loader import Corpus                                              # noqa: E402
 from data.prepare import CorpusError                                        # noqa: E402
-from decode import (Decoder, Node, can_compile, chain, draft_sources, environment, load_tree, method_name,  # noqa: E402
+from decode import (Decoder, Node, can_compile, chain, draft_sources, environment, load_tree, ready,  # noqa: E402
                     step_latencies, write_whole)
 from heads import HeadsConfig, MultiTokenGPT                                # noqa: E402
 from model import GPT, GPTConfig, InputError                                # noqa: E402
@@ -52,8 +52,9 @@ PROMPT, LENGTH = 64, 256                                                    # to
 
 
 def flat_tree(nodes):
-    """A tree of `nodes` candidates, for a block of any size: a chain of 3, and other guesses for its first token."""
-    return tuple([Node(0, 2, 0), Node(1, 3, 0), Node(2, 4, 0)][:nodes] + [Node(0, 2, 0, r) for r in range(1, nodes - 2)])
+    """A tree of `nodes` candidates for a block of any size: a chain of 3, and other guesses for its first token."""
+    chained = [Node(0, 2, 0), Node(1, 3, 0), Node(2, 4, 0)]
+    return (*chained[:nodes], *(Node(0, 2, 0, rank) for rank in range(1, nodes - 2)))
 
 
 def read_bandwidth(device):
@@ -116,13 +117,18 @@ def bench_batches(model, how, sizes, bar):
     return found
 
 
-def peers(gpt, device, dtype):
+def peers(gpt, device, compile):
     """transformers' generate with this GPT's weights, as {name: f(prompt, n) -> new tokens}."""
-    import transformers
+    try:
+        import transformers
+    except ImportError:
+        raise InputError("the comparison needs transformers: pip install -e '.[experiments]'") from None
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
         gpt.save_pretrained(folder)
-        theirs = transformers.GPT2LMHeadModel.from_pretrained(folder, dtype=dtype).to(device).eval()
+        theirs = transformers.GPT2LMHeadModel.from_pretrained(folder, dtype=gpt.lm_head.weight.dtype)
+        theirs.to(device).eval()
 
     def generate(prompt, n, **options):
         idx = torch.tensor([prompt], device=device)
@@ -135,17 +141,17 @@ def peers(gpt, device, dtype):
         config = transformers.CompileConfig(fullgraph=True, dynamic=None, mode=mode)
         config._compile_all_devices = True                                  # else it does not compile on CPUs
         return generate(prompt, n, cache_implementation="static", compile_config=config)
-    return {"transformers, default cache": generate, "transformers, static cache, compiled": static}
+    return {"transformers": generate, **({"transformers, static cache, compiled": static} if compile else {})}
 
 
 def bench_generate(model, how, prompts, tree, rounds, bar):
     """Tokens per second of whole generations. -> list of dict"""
-    device, dtype = model.gpt.lm_head.weight.device, how["dtype"]
+    device = model.gpt.lm_head.weight.device
     n = LENGTH - PROMPT
     trees = {name: chain(draft_sources(offsets)) for name, offsets in METHODS.items()}
     trees["tree"] = tree
     runners, decoders, notes = {}, {}, {}
-    for name, run in peers(model.gpt, device, dtype).items():
+    for name, run in peers(model.gpt, device, how["compile"]).items():
         bar.set_postfix_str(name)
         try:
             run(prompts[0], n)
@@ -153,8 +159,7 @@ def bench_generate(model, how, prompts, tree, rounds, bar):
         except Exception as error:                                          # another version of it, or no compiler
             notes[name] = f"does not work here: {type(error).__name__}: {str(error).splitlines()[0][:120]}"
         bar.update()
-    ours = [("NTP, eager", trees["NTP"], False)] + [(f"{name}, compiled", tree, how["compile"])
-                                                    for name, tree in trees.items()]
+    ours = [("NTP, eager", trees["NTP"], False)] + [(name, tree, how["compile"]) for name, tree in trees.items()]
     for name, tree, compile in ours:
         bar.set_postfix_str(name)
         decoders[name] = Decoder(model, tree=tree, max_length=LENGTH, **{**how, "compile": compile})
@@ -178,15 +183,14 @@ def bench_generate(model, how, prompts, tree, rounds, bar):
         for name in runners:
             speed[name].append(n * len(prompts) / seconds[name])
         bar.update()
-    base, theirs = speed["NTP, compiled"], next(iter(speed))
     found = []
     for name in runners:
         per_step = n * len(prompts) / sum(steps[name])
-        speedup = statistics.median(a / b for a, b in zip(speed[name], base))
+        over_ntp, over_transformers = (statistics.median(a / b for a, b in zip(speed[name], speed[other]))
+                                       for other in ("NTP", "transformers"))
         found.append(dict(method=name, tokens_per_second=statistics.median(speed[name]), tokens_per_step=per_step,
-                          speedup_over_ntp=speedup, efficiency=speedup / per_step,
-                          over_transformers=statistics.median(a / b for a, b in zip(speed[name], speed[theirs])),
-                          same_text=texts[name] == texts["NTP, compiled"]))
+                          over_ntp=over_ntp, efficiency=over_ntp / per_step, over_transformers=over_transformers,
+                          same_text=texts[name] == texts["NTP"]))
     return found, notes
 
 
@@ -260,7 +264,7 @@ def bench(args):
     bandwidth = read_bandwidth(device)
     results = dict(environment=environment(device), dtype=args.dtype, read_bandwidth=bandwidth, sizes={},
                    command=" ".join(sys.argv))
-    how = dict(dtype=dtype, compile=args.compile == "auto" and can_compile(device))
+    how = dict(compile=args.compile == "auto" and can_compile(device))
     print(f"{results['environment']['device_name']}, {args.dtype}, reads {bandwidth / 1e9:,.1f} GB/s, "
           f"{'compiled' if how['compile'] else 'eager'}")
     for name in args.sizes or list(SIZES)[:3 if device.type == "cuda" else 2]:
@@ -276,9 +280,9 @@ def bench(args):
             size["weights"] = "trained"
         else:
             model = MultiTokenGPT(GPT(GPTConfig(**SIZES[name])), HeadsConfig(OFFSETS))
-        model = model.to(device).eval()
-        bar = tqdm(total=len(args.blocks) + len(args.batches) + 7 + args.rounds, desc=name, leave=False, disable=None)
         size["parameters"] = sum(p.numel() for p in model.gpt.parameters())
+        model = ready(model.to(device), dtype)                              # once for all decoders
+        bar = tqdm(total=len(args.blocks) + len(args.batches) + 7 + args.rounds, desc=name, leave=False, disable=None)
         size["latency"] = bench_latency(model, how, bandwidth, args.blocks, bar)
         size["batches"] = bench_batches(model, how, args.batches, bar)
         size["generate"], size["notes"] = bench_generate(model, how, prompts, tree, args.rounds, bar)
@@ -298,7 +302,7 @@ def show(name, size):
     print(f"\n{'whole texts':38}{'tokens/s':>10}{'tokens/step':>13}{'over NTP':>10}{'efficiency':>12}  "
           f"over transformers  text")
     for r in size["generate"]:
-        print(f"{r['method']:38}{r['tokens_per_second']:10,.0f}{r['tokens_per_step']:13.2f}{r['speedup_over_ntp']:9.2f}x"
+        print(f"{r['method']:38}{r['tokens_per_second']:10,.0f}{r['tokens_per_step']:13.2f}{r['over_ntp']:9.2f}x"
               f"{r['efficiency']:12.2f}{r['over_transformers']:18.2f}x  {'same' if r['same_text'] else 'differs'}")
     for method, note in size["notes"].items():
         print(f"{method} {note}")

@@ -423,12 +423,12 @@ def test_calibrate_takes_a_smaller_tree_where_wider_blocks_cost_more(cost, small
 def test_a_text_in_bfloat16_is_the_models_but_for_near_ties(options):
     decoder = Decoder(tiny_model(), LEAP, dtype=torch.bfloat16, **options)
     g = decoder.generate(PROMPTS, 50)
-    counts = check_rounding(decoder, PROMPTS, g)
+    counts = check_rounding(decoder, PROMPTS, g.tokens)
     assert counts["argmax"] + counts["near_tie"] == 150 and counts["neither"] == 0
     assert counts["largest_gap"] <= counts["margin"]
     worst = decoder.gpt(torch.tensor([PROMPTS[0] + g.tokens[0][:9]]))[0][0, -1].argmin()
     g.tokens[0][9:] = [int(worst)]
-    assert check_rounding(decoder, PROMPTS, g)["neither"] == 1
+    assert check_rounding(decoder, PROMPTS, g.tokens)["neither"] == 1
 
 
 # What is shown

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Everything that needs a CUDA device, in one command of under 10 minutes: the CUDA tests, the demo's model trained and
+# compared there, and the benchmarks. Results go to experiments/results. PYTHON=... chooses the interpreter.
+#     bash experiments/gpu.sh
+set -euo pipefail
+cd "$(dirname "$0")/.."
+PY=${PYTHON:-python}
+RESULTS=${RESULTS:-experiments/results}
+mkdir -p "$RESULTS"
+
+"$PY" -c "import torch; assert torch.cuda.is_available(), 'no CUDA device'"
+"$PY" -m pytest -m cuda -rs
+"$PY" data/prepare.py python
+[ -f runs/gpu/checkpoint.pt ] || "$PY" train.py --data data/python --out runs/gpu --offsets 1,2,3,4,5,7 \
+    --n-layer 6 --n-head 6 --n-embd 384 --steps 3000 --device cuda
+"$PY" decode.py runs/gpu --device cuda --calibrate --out "$RESULTS/decode_cuda_float32.json"
+"$PY" decode.py runs/gpu --device cuda --dtype bfloat16 --out "$RESULTS/decode_cuda_bfloat16.json"
+"$PY" experiments/bench_decode.py --device cuda --dtype bfloat16 --blocks 1 2 4 8 16 32 64 --run runs/gpu \
+    --out "$RESULTS/bench_cuda_bfloat16.json"
