@@ -86,8 +86,9 @@ def filter_logits(logits, top_k=None, top_p=None):
 # Trees of candidates
 
 class Node(NamedTuple):
-    """A candidate. Node i of a tree (counted from 1, the root being 0) is a guess for the token one behind its parent:
-    the rank-th best guess (0: the best) that offset `offset` made `look_back` tokens before the block's root."""
+    """A candidate. Node i of a tree (counted from 1, the root being 0) is a guess for the token behind its parent's: the
+    rank-th best (0: the best) that offset `offset` made `look_back` tokens before the newest token read, which is the
+    one before the root. A tree is a tuple of Nodes, parents first; the empty one is NTP."""
     parent: int
     offset: int
     look_back: int
@@ -306,12 +307,11 @@ class Decoder:
         stopped = torch.where((emitted == s.stop) & good, place, self.slots).amin(1)
         s.limit.copy_(torch.minimum(s.limit, stopped))
 
-        if self.branching:                                                  # a chain's keys and values lie in order
-            start = s.row * self.slots + s.position[:, None]
-            source = (start + torch.where(good, path, along)).flatten()
+        if self.branching:                                                  # in a chain they lie there already
+            start = s.row * self.slots + s.position[:, None]                # keys and values of the path, to their slots
             for layer in (layer for cache in s.caches for layer in cache.layers):
-                flat = layer.view(-1, layer.shape[-1])
-                flat.index_copy_(0, (start + along).flatten(), flat[source])
+                flat = layer.view(-1, layer.shape[-1])                      # (B * S, 2C)
+                flat.index_copy_(0, (start + along).flatten(), flat[(start + path).flatten()])
         if self.H:
             guesses = torch.cat([s.guesses, guesses[s.row, path]], dim=1)   # at W old positions, then along the path
             newest = n[:, None] + 1 + torch.arange(self.W, device=self.device)
@@ -444,15 +444,15 @@ def compile_step(decoder, s):
         program(decoder, s)                                                 # on the empty state, where it does nothing
     if decoder.device.type != "cuda":
         return lambda: program(decoder, s)
-    side = torch.cuda.Stream(decoder.device)
-    side.wait_stream(torch.cuda.current_stream(decoder.device))
-    with torch.cuda.stream(side):                                           # what allocates at first use does it here
-        for _ in range(3):
+    with torch.cuda.device(decoder.device):
+        side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):                                       # what allocates at first use does it here
+            for _ in range(3):
+                program(decoder, s)
+        torch.cuda.current_stream().wait_stream(side)
+        with torch.cuda.graph(graph):
             program(decoder, s)
-    torch.cuda.current_stream(decoder.device).wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        program(decoder, s)
     return graph.replay
 
 
