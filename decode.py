@@ -33,6 +33,7 @@ import statistics
 import sys
 import time
 import weakref
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FunctionType, SimpleNamespace
@@ -86,9 +87,9 @@ def filter_logits(logits, top_k=None, top_p=None):
 # Trees of candidates
 
 class Node(NamedTuple):
-    """A candidate. Node i of a tree (counted from 1, the root being 0) is a guess for the token behind its parent's: the
-    rank-th best (0: the best) that offset `offset` made `look_back` tokens before the newest token read, which is the
-    one before the root. A tree is a tuple of Nodes, parents first; the empty one is NTP."""
+    """A candidate. Node i of a tree (counted from 1, the root being 0) is a guess for the token behind its parent's:
+    the rank-th best (0: the best) that offset `offset` made `look_back` tokens before the newest token read, which is
+    the one before the root. A tree is a tuple of Nodes, parents first; the empty one is NTP."""
     parent: int
     offset: int
     look_back: int
@@ -185,7 +186,7 @@ class Decoder:
         head_offsets = offsets_of(self.tree)[1:]
         self.heads = [model.heads[str(o)] for o in head_offsets]
         self.unembeddings = [model.unembeddings[str(o)] for o in head_offsets] if model.unembeddings else None
-        self.first, self.deeper = None, []
+        self.first, self.deeper, self.attending = None, [], self.heads      # heads that attend take part in reading
         if self.heads and isinstance(self.heads[0], ResBlockHead):
             layers = list(zip(*(head.blocks for head in self.heads)))
             self.first = torch.nn.Linear(config.n_embd, config.n_embd * len(self.heads), device=self.device,
@@ -193,7 +194,7 @@ class Decoder:
             with torch.no_grad():
                 self.first.weight.copy_(torch.cat([linear.weight for linear in layers[0]]))
                 self.first.bias.copy_(torch.cat([linear.bias for linear in layers[0]]))
-            self.deeper = layers[1:]
+            self.deeper, self.attending = layers[1:], []
         self.offsets = torch.tensor([1, *head_offsets], device=self.device)             # (1 + H,)
 
         # The tree as tables: N nodes, D the deepest, R ranks and W positions that its candidates are taken from.
@@ -240,7 +241,8 @@ class Decoder:
                 noise_row=torch.zeros(B, 1, **new),                         # the row that keys the sampling noise
                 steps=torch.zeros(B, **new), accepted=torch.zeros(self.D + 1, **new),
                 caches=[cache(self.config.n_layer)]
-                + [cache(len(head.blocks)) for head in self.heads if not self.first])
+                + [cache(len(head.blocks)) for head in self.attending])
+            s.read = compile_read(self, s) if self.compile else read
             s.step = compile_step(self, s) if self.compile else lambda: self._step(s)
         s = self.states[B]
         for t in (s.tokens, s.node, s.guesses, s.steps, s.accepted):
@@ -287,7 +289,7 @@ class Decoder:
 
     def _step(self, s):
         """One step of all rows. Nothing in it waits for the host, and every shape is fixed."""
-        x = read(self.gpt, self._attending(), s.caches, s.block, s.position, self.depth, self.visible)
+        x = read(self.gpt, self.attending, s.caches, s.block, s.position, self.depth, self.visible)
         target, guesses = self._say(s, x, s.position[:, None] + self.depth)
 
         hit = (s.block == target[:, self.parent]) | (self.depth == 0)       # (B, N): the model would say so here
@@ -308,7 +310,7 @@ class Decoder:
         s.limit.copy_(torch.minimum(s.limit, stopped))
 
         if self.branching:                                                  # in a chain they lie there already
-            start = s.row * self.slots + s.position[:, None]                # keys and values of the path, to their slots
+            start = s.row * self.slots + s.position[:, None]                # the path's keys and values, to their slots
             for layer in (layer for cache in s.caches for layer in cache.layers):
                 flat = layer.view(-1, layer.shape[-1])                      # (B * S, 2C)
                 flat.index_copy_(0, (start + along).flatten(), flat[(start + path).flatten()])
@@ -318,10 +320,6 @@ class Decoder:
             s.guesses.copy_(guesses[s.row, newest])
         s.position.copy_(torch.minimum(s.position + n + 1, s.limit))        # a finished row stays where it is
         self._block(s, emitted.gather(1, n[:, None])[:, 0])
-
-    def _attending(self):
-        """The heads that attend to the past, and so take part in reading."""
-        return [] if self.first else self.heads
 
     @torch.no_grad()
     def generate(self, prompts, max_new_tokens, stop_token=None, first_row=0, record=False):
@@ -372,14 +370,12 @@ class Decoder:
     def _read_prompts(self, s, text):
         """Read text (B, a multiple of CHUNK) in chunks of one shape, so that no new length needs a new program.
         -> (B, T, K, C), or None when T is 0."""
-        run = compiled_read(self.gpt) if self.compile else read
         depth = torch.arange(CHUNK, device=self.device)
         visible = depth[:, None] >= depth
         x = []
         for i, part in enumerate(text.split(CHUNK, dim=1) if text.shape[1] else ()):
             s.position.fill_(i * CHUNK)
-            with packed_weights(self):                                      # for the first time, which compiles
-                x.append(run(self.gpt, self._attending(), s.caches, part.contiguous(), s.position, depth, visible))
+            x.append(s.read(self.gpt, self.attending, s.caches, part.contiguous(), s.position, depth, visible))
         return torch.cat(x, dim=1) if x else None
 
     def _clock(self):
@@ -420,27 +416,41 @@ def own_program(f, **options):
     return torch.compile(f, fullgraph=True, dynamic=False, options=options)
 
 
-def packed_weights(decoder):
-    """On a CPU in 16 bits, compile with the weights frozen into the program: they are then packed for oneDNN's kernels,
-    which read them nearly as fast as the memory delivers them."""
-    return torch._inductor.config.patch(freezing=decoder.device.type == "cpu" and decoder.dtype != torch.float32)
+@contextmanager
+def packed_weights(gpt):
+    """On a CPU, compile with the weights frozen into the program where that pays: in 16 bits and for large weights.
+    They are then packed for oneDNN's kernels, which read them nearly as fast as the memory delivers them."""
+    # Inductor packs float32 for MKL instead, which on AMD's CPUs is several times slower, unless a lower precision
+    # would do. That is claimed while it compiles, and never while anything that counts is computed.
+    weight, precision = gpt.lm_head.weight, torch.backends.mkldnn.matmul.fp32_precision
+    pays = weight.device.type == "cpu" and (weight.dtype != torch.float32 or gpt.config.n_embd >= 384)
+    try:
+        torch.backends.mkldnn.matmul.fp32_precision = "tf32"
+        with torch._inductor.config.patch(freezing=pays):
+            yield
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = precision
 
 
-readers = weakref.WeakKeyDictionary()
+readers = weakref.WeakKeyDictionary()                                       # {GPT: {shapes: its compiled `read`}}
 
 
-def compiled_read(gpt):
-    """`read`, compiled once for all decoders of a GPT."""
-    if gpt not in readers:
-        readers[gpt] = own_program(read)
-    return readers[gpt]
+def compile_read(decoder, s):
+    """`read` for chunks of prompts, one program for all decoders of a GPT whose memory has the same shapes."""
+    gpt, depth = decoder.gpt, torch.arange(CHUNK, device=decoder.device)
+    shapes = len(s.tokens), decoder.slots, *decoder.attending
+    program = readers.setdefault(gpt, {}).setdefault(shapes, own_program(read))
+    with packed_weights(gpt):
+        program(gpt, decoder.attending, s.caches, s.tokens.new_zeros(len(s.tokens), CHUNK), s.position, depth,
+                depth[:, None] >= depth)
+    return program
 
 
 def compile_step(decoder, s):
     """decoder._step(s) as a function without arguments: one compiled program, and on CUDA one graph that replays it."""
     # It is always called with these two, so whether it still fits need not be checked at each call.
     program = own_program(Decoder._step, guard_filter_fn=lambda guards: [False] * len(guards))
-    with packed_weights(decoder):
+    with packed_weights(decoder.gpt):
         program(decoder, s)                                                 # on the empty state, where it does nothing
     if decoder.device.type != "cuda":
         return lambda: program(decoder, s)

@@ -248,7 +248,7 @@ def parse_args():
     p.add_argument("--sizes", nargs="+", choices=list(SIZES), help="default: toy 124M, and 1.5B on CUDA")
     p.add_argument("--blocks", nargs="+", type=int, default=[1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32], help="block sizes")
     p.add_argument("--batches", nargs="+", type=int, default=[1, 8], help="batch sizes")
-    p.add_argument("--prompts", type=int, default=4, help="prompts for each method")
+    p.add_argument("--prompts", type=int, default=2, help="prompts for each method")
     p.add_argument("--rounds", type=int, default=3, help="timed repetitions; medians are shown")
     p.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     p.add_argument("--compile", choices=["auto", "no"], default="auto")
