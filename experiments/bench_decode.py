@@ -215,19 +215,22 @@ def draw(results, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     sizes = results["sizes"]
-    fig, axes = plt.subplots(2, len(sizes), figsize=(5.5 * len(sizes), 7.5), squeeze=False, layout="constrained")
+    fig, axes = plt.subplots(2, len(sizes), figsize=(5.5 * len(sizes), 7), squeeze=False, layout="constrained")
     for (name, size), (top, bottom) in zip(sizes.items(), axes.T):
-        rows = size["latency"]
-        top.plot([r["block"] for r in rows], [r["ms"] for r in rows], "o-", color="#1f6f8b")
+        rows, blocks = size["latency"], [r["block"] for r in size["latency"]]
+        top.plot(blocks, [r["ms"] for r in rows], "o-", color="#1f6f8b")
         top.axhline(rows[0]["ms"], color="#999", lw=1, ls=":")
-        top.set(title=f"{name}, {results['dtype']}: one step", xlabel="tokens in the block", ylabel="ms")
-        top.set_ylim(0, 1.15 * max(r["ms"] for r in rows))
+        top.set_xscale("log", base=2)
+        top.set_xticks(blocks, blocks)
+        top.set(title=f"{name}, {results['dtype']}: one step (in NTP steps)", xlabel="tokens in the block", ylabel="ms",
+                ylim=(0, 1.15 * max(r["ms"] for r in rows)))
         for r in rows:
-            top.annotate(f"{r['relative']:.2f}", (r["block"], r["ms"]), textcoords="offset points", xytext=(0, 7),
+            top.annotate(f"{r['relative']:.2f}", (r["block"], r["ms"]), textcoords="offset points", xytext=(0, 8),
                          ha="center", fontsize=8)
-        bars = size["generate"]
-        mine = ["#1f6f8b" if "transformers" not in r["method"] else "#bbb" for r in bars]
-        bottom.barh([r["method"] for r in bars], [r["tokens_per_second"] for r in bars], color=mine)
+        # Guesses of random weights mean nothing, so of these only the methods without guesses are shown.
+        bars = [r for r in size["generate"] if size["weights"] == "trained" or r["tokens_per_step"] == 1]
+        bottom.barh([r["method"].replace("s, ", "s,\n", 1) for r in bars], [r["tokens_per_second"] for r in bars],
+                    color=["#bbb" if "transformers" in r["method"] else "#1f6f8b" for r in bars])
         bottom.bar_label(bottom.containers[0], [f" {r['tokens_per_second']:,.0f}" for r in bars], fontsize=8)
         bottom.invert_yaxis()
         bottom.margins(x=0.15)
