@@ -687,8 +687,8 @@ def check_rounding(decoder, prompts, texts):
     -> dict of counts over all tokens:
 
     argmax: the model's choice; near_tie: rounding could have chosen it; neither: an error. Rounding could choose a
-    token whose score is at most `margin` below the best, twice the largest distance on this text between the scores of
-    a pass in the decoder's dtype and in float32; largest_gap is the largest that was needed.
+    token whose score is at most `margin` below the best: twice the largest distance, on this text and among the eight
+    best tokens, between the scores of a pass in the decoder's dtype and in float32. largest_gap is the largest needed.
     """
     exact = copy.deepcopy(decoder.gpt).float()
     counts = dict(argmax=0, near_tie=0, neither=0, margin=0.0, largest_gap=0.0)
@@ -698,7 +698,8 @@ def check_rounding(decoder, prompts, texts):
         row = torch.full((1, 1), i, device=decoder.device)
         scores, rounded = (decoder.scores(gpt(text[:, :-1])[0][:, len(prompt) - 1:].float(), row, place)[0]
                            for gpt in (exact, decoder.gpt))                 # (n, V)
-        margin = 2 * (scores - rounded).abs().max()
+        best = scores.topk(min(8, scores.shape[-1])).indices
+        margin = 2 * (scores - rounded).gather(1, best).abs().max()
         gap = scores.amax(-1) - scores.gather(1, text[0, len(prompt):, None])[:, 0]
         near = gap[(gap > 0) & (gap <= margin)]
         counts["argmax"] += int((gap == 0).sum())
