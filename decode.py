@@ -621,16 +621,21 @@ def calibrate(model, windows, nodes=None, batch_size=1, dtype=None, compile=Fals
     per second: for growing blocks the step is measured against NTP's, and the tree with the best quotient of tokens per
     step and relative cost is kept, down to a chain or to NTP, the empty tree. It stops where even the tokens of the
     largest tree could not pay for the block.
-    -> dict(tree, table: a list of dict(block, tokens_per_step, cost, seconds_per_step, speedup))
+    -> dict(tree, table: a list of dict(block, tokens_per_step, cost, seconds_per_step, speedup), accuracy: how often
+    the guesses of each rank are right, {"offset o, look-back b": [of rank 0, 1, ...]})
     """
     sources = [(o, o - j) for j in range(2, model.offsets[-1] + 1) for o in model.offsets if o >= j]
     hits = guess_hits(model, windows, sources, min(ranks, model.gpt.config.vocab_size))
     tree = grow_tree(hits, BLOCKS[-1] - 1 if nodes is None else nodes)
+    accuracy = {}
+    for (o, b, _), hit in hits.items():                                     # in order of rank
+        accuracy.setdefault(f"offset {o}, look-back {b}", []).append(hit.float().mean().item())
 
     def tokens_per_step(tree):
         return 1 + statistics.fmean(walk(accepted_depths(tree, hits))) if tree else 1.0
     if nodes is not None:
-        return dict(tree=tree, table=[dict(block=1 + len(tree), tokens_per_step=tokens_per_step(tree))])
+        table = [dict(block=1 + len(tree), tokens_per_step=tokens_per_step(tree))]
+        return dict(tree=tree, table=table, accuracy=accuracy)
     ntp, table, best, model = None, [], 0.0, ready(model, dtype)
     for block in tqdm([b for b in BLOCKS if b <= 1 + len(tree)], desc="calibrate", unit="block", leave=False,
                       disable=None if progress else True):
@@ -644,7 +649,7 @@ def calibrate(model, windows, nodes=None, batch_size=1, dtype=None, compile=Fals
         if tokens_per_step(tree) / cost < best:
             break
     block = max(table, key=lambda row: row["speedup"])["block"]
-    return dict(tree=tree[:block - 1], table=table)
+    return dict(tree=tree[:block - 1], table=table, accuracy=accuracy)
 
 
 def load_tree(path, offsets):
@@ -909,13 +914,24 @@ def title_of(tree, temperature):
 def print_calibration(found):
     """Print what `calibrate` returned."""
     best = 1 + len(found["tree"])
-    print(f"\ncalibration on held-out text\n{'block':>5}{'tokens/step':>13}{'cost':>7}{'ms/step':>9}{'speedup':>9}")
+    print("\ncalibration on held-out text: how often guesses of rank 1, 2, ... are right")
+    for source, ranks in found["accuracy"].items():
+        print(f"{source:24}" + " ".join(f"{share:4.0%}" for share in ranks))
+    print(f"{'block':>5}{'tokens/step':>13}{'cost':>7}{'ms/step':>9}{'speedup':>9}")
     for r in found["table"]:
         timed = f"{r['cost']:7.2f}{1e3 * r['seconds_per_step']:9.2f}{r['speedup']:8.2f}x" if "cost" in r else ""
         print(f"{r['block']:5}{r['tokens_per_step']:13.2f}{timed}{'   <- chosen' * (r['block'] == best)}")
     for i, (node, d) in enumerate(zip(found["tree"], depths(found["tree"])[1:]), 1):
         print(f"node {i:2} after {node.parent:2}, distance {d + 1}: offset {node.offset}, look-back {node.look_back}, "
               f"rank {node.rank + 1}")
+
+
+def check_output(option, path):
+    """Raise InputError when the file that an option names cannot be written."""
+    if path and Path(path).is_dir():
+        raise InputError(f"--{option} {path} is a folder; name a file")
+    if path and not os.access(Path(path).parent, os.W_OK):
+        raise InputError(f"--{option} {path} cannot be written: no such folder, or not a writable one")
 
 
 def write_whole(path, text):
@@ -1022,10 +1038,7 @@ def main():
             if not {"args", "step", "tokenizer"} <= state.keys():
                 raise InputError(f"{run} holds a model but not what train.py saves beside it")
         for option in ("out", "html"):
-            path = Path(getattr(args, option) or "unused")
-            if path.is_dir() or not os.access(path.parent, os.W_OK):
-                raise InputError(f"--{option} {path} is a folder; name a file" if path.is_dir() else
-                                 f"--{option} {path} cannot be written: no such folder, or not a writable one")
+            check_output(option, getattr(args, option))
         results = [report(run, model, state, args) for run, model, state in loaded]
         if args.out:
             write_whole(args.out, json.dumps(results, indent=1))

@@ -22,7 +22,6 @@ So three things are measured, always in turns within one run, as medians:
 """
 import argparse
 import json
-import os
 import statistics
 import sys
 import tempfile
@@ -33,13 +32,13 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data.loader import Corpus                                              # noqa: E402
-from data.prepare import CorpusError                                        # noqa: E402
-from decode import (Decoder, Node, can_compile, chain, draft_sources, environment, load_tree, ready,  # noqa: E402
-                    step_latencies, write_whole)
-from heads import HeadsConfig, MultiTokenGPT                                # noqa: E402
-from model import GPT, GPTConfig, InputError                                # noqa: E402
-from train import load_checkpoint, pick_device                              # noqa: E402
+from data.loader import Corpus
+from data.prepare import CorpusError
+from decode import (Decoder, Node, can_compile, chain, check_output, environment, load_tree, ready, step_latencies,
+                    write_whole)
+from heads import HeadsConfig, MultiTokenGPT, draft_sources
+from model import GPT, GPTConfig, InputError
+from train import load_checkpoint, pick_device
 
 SIZES = {                                                                   # GPT-2's real shapes; toy is the demo's
     "toy": dict(n_layer=4, n_head=2, n_embd=96, vocab_size=257, block_size=256),
@@ -322,8 +321,7 @@ def main():
     try:
         if min(args.blocks + args.batches + [args.prompts, args.rounds]) < 1 or args.blocks[0] != 1:
             raise InputError("numbers must be at least 1, and the first block size 1: the others are compared with it")
-        if args.out and not os.access(Path(args.out).parent, os.W_OK):
-            raise InputError(f"--out {args.out} cannot be written: no such folder, or not a writable one")
+        check_output("out", args.out)
         results = bench(args)
         if args.out:
             write_whole(args.out, json.dumps(results, indent=1) + "\n")

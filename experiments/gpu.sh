@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Everything that needs a CUDA device, in one command of under 10 minutes: the CUDA tests, the demo's model trained and
-# compared there, and the benchmarks. Results go to experiments/results. PYTHON=... chooses the interpreter.
+# Everything that needs a CUDA device, in one command that is meant to end within 10 minutes (not yet measured): the
+# CUDA tests, a small model trained and compared there, and the benchmarks. PYTHON=... chooses the interpreter,
+# RESULTS=... the folder of the results.
 #     bash experiments/gpu.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."

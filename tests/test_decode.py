@@ -409,6 +409,15 @@ def test_calibrate_fills_a_budget_and_stops_where_nothing_is_left_to_gain():
     assert nothing["tree"] == () and [row["block"] for row in nothing["table"]] == [1]
 
 
+def test_calibrate_measures_every_source_and_takes_the_better_one():
+    model = counting_model((1, 2, 3, 4), wrong=(2,))                        # for distance 2 there are 3 and 4, back
+    windows = (torch.arange(24)[None] + torch.arange(8)[:, None]) % 32
+    found = calibrate(model, windows, nodes=3)
+    assert [node.offset - node.look_back for node in found["tree"]] == [2, 3, 4]
+    assert found["tree"][0].offset in (3, 4) and found["table"][0]["tokens_per_step"] == 4
+    assert found["accuracy"]["offset 2, look-back 0"][0] == 0 and found["accuracy"]["offset 3, look-back 1"][0] == 1
+
+
 @pytest.mark.parametrize("cost, smallest, largest", [(0.0, 48, 64), (0.02, 2, 48), (5.0, 1, 1)])
 def test_calibrate_takes_a_smaller_tree_where_wider_blocks_cost_more(cost, smallest, largest, monkeypatch):
     monkeypatch.setattr(decode, "step_latencies", lambda decoders, _: [1 + cost * (d.N - 1) for d in decoders])
@@ -561,7 +570,8 @@ def test_the_command_calibrates_a_tree_and_uses_it_from_then_on(run_folder, tmp_
     assert_one_line_error(command("decode.py", run, *FAST, "--methods", "tree"), "no tree yet", "--calibrate")
     first = command("decode.py", run, *FAST, "--calibrate", "--tree-nodes", "6", "--html", tmp_path / "page.html")
     assert first.returncode == 0, first.stderr
-    assert "distance 2: offset" in first.stdout and len(json.loads((run / "tree.json").read_text())["tree"]) == 6
+    assert "distance 2: offset" in first.stdout and "offset 3, look-back 1" in first.stdout
+    assert len(json.loads((run / "tree.json").read_text())["tree"]) == 6
     assert "<pre" in (tmp_path / "page.html").read_text()
     second = command("decode.py", run, *FAST, "--methods", "tree", "--out", tmp_path / "table.json")
     results = json.loads((tmp_path / "table.json").read_text())[0]["generated"]
