@@ -143,7 +143,8 @@ class Generation:
     distances: list         # of each new token: how far ahead it was guessed, 1: the model's own
     steps: int              # forward passes after reading the prompts, summed over the rows
     tokens_per_step: float  # new tokens per row and step
-    accepted: dict          # {distance j: share of steps in which a candidate at distance j was accepted}
+    accepted: dict          # {distance j: share of steps in which a candidate at distance j was accepted}, also of the
+                            # last step, where the text may end before them
     seconds: float          # wall-clock time, reading the prompts included
     history: list           # with record=True, before each step: (position (B,), block (B, N)) of every row
 
@@ -159,7 +160,8 @@ class Decoder:
     temperature 0 is greedy; top_k and top_p as usual; seed decides the noise. coupled=False makes the guesses without
     the noise, as argmax: same text, fewer accepted. dtype: decode with a copy in, say, torch.bfloat16. compile: let
     torch.compile make one program of the step, on CUDA replayed as one graph. max_length: the longest text, prompt
-    included, if shorter than the context (a smaller cache is faster). After more training, make a new Decoder.
+    included, if shorter than the context (a smaller cache is faster). The decoder uses the model's own weights unless
+    it has to copy them: do not move, cast or train the model meanwhile; after more training, make a new Decoder.
     Raises InputError for offsets the model lacks and for a tree that cannot be.
     """
 
@@ -215,9 +217,9 @@ class Decoder:
         self.source = torch.tensor([((self.W - 1 - node.look_back) * self.H + head_offsets.index(node.offset)) * self.R
                                     + node.rank for node in self.tree], **table)        # into (W, H, R) flattened
         self.branching = depth != list(range(self.N))
-        # The last block may overshoot the end. A multiple of 16 suits the attention kernels, and decoders with blocks
-        # of up to 16 share one shape, so one program reads their prompts.
-        self.slots = self.max_length + -(-self.N // 16) * 16
+        # The last block may overshoot the end. Multiples of 16 suit the attention kernels, and decoders with blocks of
+        # up to 16 share one shape, so one program reads their prompts.
+        self.slots = -(-self.max_length // 16) * 16 + -(-self.N // 16) * 16
 
     def _state(self, B):
         """The step and all the memory of a generation of B rows, made once and reused."""
@@ -229,7 +231,7 @@ class Decoder:
 
             def cache(n_layer):
                 return KVCache(n_layer, self.config.n_embd, B, self.slots, self.device, dtype)
-            s = self.states[B] = SimpleNamespace(
+            s = SimpleNamespace(
                 tokens=torch.zeros(B, self.slots, **new),                   # the text
                 node=torch.zeros(B, self.slots, **new),                     # which node guessed each token of it
                 position=torch.zeros(B, **new),                             # of each row's last known token, the root
@@ -244,6 +246,7 @@ class Decoder:
                 + [cache(len(head.blocks)) for head in self.attending])
             s.read = compile_read(self, s) if self.compile else read
             s.step = compile_step(self, s) if self.compile else lambda: self._step(s)
+            self.states[B] = s                                              # not before it is whole
         s = self.states[B]
         for t in (s.tokens, s.node, s.guesses, s.steps, s.accepted):
             t.zero_()
@@ -349,7 +352,7 @@ class Decoder:
             guesses = self._say(s, x[s.row, before.clamp(min=0)], before)[1]
             s.guesses.copy_(guesses * (before >= 0)[:, :, None, None])      # there may not be so many
         self._block(s, torch.tensor([p[-1] for p in prompts], device=self.device))
-        while (left := int((s.limit - s.position).max())) > 0:              # the host looks here, and only here:
+        while (left := int((s.limit - s.position).max())) > 0:              # while writing the host looks only here:
             sure = -(-left // (self.D + 1))                                 # at least so many steps are still needed,
             for _ in range(sure if stop_token is None else min(sure, 16)):  # unless a stop token comes
                 if record:
@@ -369,7 +372,7 @@ class Decoder:
 
     def _read_prompts(self, s, text):
         """Read text (B, a multiple of CHUNK) in chunks of one shape, so that no new length needs a new program.
-        -> (B, T, K, C), or None when T is 0."""
+        -> (B, T, K, C), K = 1 + the heads that attend, or None when T is 0."""
         depth = torch.arange(CHUNK, device=self.device)
         visible = depth[:, None] >= depth
         x = []
@@ -379,8 +382,8 @@ class Decoder:
         return torch.cat(x, dim=1) if x else None
 
     def _clock(self):
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
         return time.perf_counter()
 
 
@@ -420,26 +423,31 @@ def own_program(f, **options):
 def packed_weights(gpt):
     """On a CPU, compile with the weights frozen into the program where that pays: in 16 bits and for large weights.
     They are then packed for oneDNN's kernels, which read them nearly as fast as the memory delivers them."""
-    # Inductor packs float32 for MKL instead, which on AMD's CPUs is several times slower, unless a lower precision
-    # would do. That is claimed while it compiles, and never while anything that counts is computed.
     weight, precision = gpt.lm_head.weight, torch.backends.mkldnn.matmul.fp32_precision
-    pays = weight.device.type == "cpu" and (weight.dtype != torch.float32 or gpt.config.n_embd >= 384)
+    exact = weight.dtype == torch.float32
+    if weight.device.type != "cpu" or exact and gpt.config.n_embd < 384:
+        yield
+        return
+    # Inductor packs float32 weights for MKL instead, which on AMD's CPUs is several times slower, unless this global
+    # flag allows a lower precision. It is set while Inductor chooses, and reset before anything of use is computed.
     try:
-        torch.backends.mkldnn.matmul.fp32_precision = "tf32"
-        with torch._inductor.config.patch(freezing=pays):
+        if exact:
+            torch.backends.mkldnn.matmul.fp32_precision = "tf32"
+        with torch._inductor.config.patch(freezing=True):
             yield
     finally:
         torch.backends.mkldnn.matmul.fp32_precision = precision
 
 
-readers = weakref.WeakKeyDictionary()                                       # {GPT: {shapes: its compiled `read`}}
+readers = weakref.WeakKeyDictionary()                                       # {GPT: {weights and shapes: its `read`}}
 
 
 def compile_read(decoder, s):
     """`read` for chunks of prompts, one program for all decoders of a GPT whose memory has the same shapes."""
     gpt, depth = decoder.gpt, torch.arange(CHUNK, device=decoder.device)
-    shapes = len(s.tokens), decoder.slots, *decoder.attending
-    program = readers.setdefault(gpt, {}).setdefault(shapes, own_program(read))
+    weights = sum(p._version for p in gpt.parameters())                     # counts changes: they may be frozen into it
+    key = weights, len(s.tokens), decoder.slots, *decoder.attending
+    program = readers.setdefault(gpt, {}).setdefault(key, own_program(read))
     with packed_weights(gpt):
         program(gpt, decoder.attending, s.caches, s.tokens.new_zeros(len(s.tokens), CHUNK), s.position, depth,
                 depth[:, None] >= depth)
@@ -448,10 +456,10 @@ def compile_read(decoder, s):
 
 def compile_step(decoder, s):
     """decoder._step(s) as a function without arguments: one compiled program, and on CUDA one graph that replays it."""
-    # It is always called with these two, so whether it still fits need not be checked at each call.
+    # It is always called with these two, so whether it still fits is not checked at each call.
     program = own_program(Decoder._step, guard_filter_fn=lambda guards: [False] * len(guards))
     with packed_weights(decoder.gpt):
-        program(decoder, s)                                                 # on the empty state, where it does nothing
+        program(decoder, s)                                                 # on a state that is reset before it is used
     if decoder.device.type != "cuda":
         return lambda: program(decoder, s)
     with torch.cuda.device(decoder.device):
@@ -461,9 +469,12 @@ def compile_step(decoder, s):
             for _ in range(3):
                 program(decoder, s)
         torch.cuda.current_stream().wait_stream(side)
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=side):
             program(decoder, s)
-    return graph.replay
+
+    def replay(owner_of_the_kernels=program):
+        graph.replay()
+    return replay
 
 
 def check_prompts(prompts, max_new_tokens, config, stop_token=None, max_length=None):
@@ -518,7 +529,7 @@ def guess_hits(model, windows, sources, ranks=1):
         for o in guess:
             guess[o].append(model.offset_logits(h, o).topk(ranks).indices)
     guess = {o: torch.cat(parts) for o, parts in guess.items()}             # (B, T, ranks): [:, t] is about t + o
-    return {(o, b, r): guess[o][:, first - b:end - b, r] == windows[:, first + o - b:end + o - b]
+    return {(o, b, r): (guess[o][:, first - b:end - b, r] == windows[:, first + o - b:end + o - b]).cpu()
             for o, b in sources for r in range(ranks)}
 
 
@@ -602,7 +613,7 @@ def step_latencies(decoders, batch_size=1, rounds=9, seconds=0.05):
     for _ in range(rounds):
         for i, (decoder, s) in enumerate(zip(decoders, states)):
             start, n = decoder._clock(), 0
-            while time.perf_counter() - start < seconds:
+            while decoder._clock() - start < seconds:
                 for _ in range(8):
                     s.step()
                 n += 8
@@ -620,7 +631,7 @@ def calibrate(model, windows, nodes=None, batch_size=1, dtype=None, compile=Fals
     With `nodes`, the tree of so many nodes that accepts most. Without, the one that is expected to write most tokens
     per second: for growing blocks the step is measured against NTP's, and the tree with the best quotient of tokens per
     step and relative cost is kept, down to a chain or to NTP, the empty tree. It stops where even the tokens of the
-    largest tree could not pay for the block.
+    largest tree could not pay for the block. Costs are those of greedy steps; sampling adds a little for each guess.
     -> dict(tree, table: a list of dict(block, tokens_per_step, cost, seconds_per_step, speedup), accuracy: how often
     the guesses of each rank are right, {"offset o, look-back b": [of rank 0, 1, ...]})
     """
@@ -691,7 +702,7 @@ def check_rounding(decoder, prompts, texts):
     before it, in float32 with the decoder's weights. prompts, texts: lists of tokens; text i was sampled as row i.
     -> dict of counts over all tokens:
 
-    argmax: the model's choice; near_tie: rounding could have chosen it; neither: an error. Rounding could choose a
+    argmax: the model's choice; near_tie: rounding could have chosen it; neither: probably an error. It could choose a
     token whose score is at most `margin` below the best: twice the largest distance, on this text and among the eight
     best tokens, between the scores of a pass in the decoder's dtype and in float32. largest_gap is the largest needed.
     """
@@ -843,7 +854,7 @@ def html_page(title, generation, tree, tokenizer, prompt):
                 distances=sorted({d + 1 for d in depth[1:]}), back=any(node.look_back for node in tree))
     safe = json.dumps(data).replace("<", "\\u003c")                         # nothing in the text can end the script
     page = (Path(__file__).parent / "docs" / "generation.html").read_text()
-    return page.replace("TITLE", html.escape(title)).replace("DATA", safe)
+    return page.replace("{{title}}", html.escape(title)).replace("{{data}}", safe)
 
 
 def environment(device):

@@ -11,9 +11,9 @@ of launching each operation.
 
 So three things are measured, always in turns within one run, as medians:
 
-- latency of a step by block size. MBU (model bandwidth utilisation) is the bytes that a step must read (weights, and
-  keys and values) per second, over the bandwidth at which this machine reads a large array; 1 is the limit. Caches can
-  bring it above 1.
+- latency of a step by block size: a chain of up to 4, from 5 on also guesses of lower rank. MBU (model bandwidth
+  utilisation) is the bytes that a step must read (weights, and keys and values) per second, over the bandwidth at which
+  this machine reads a large array; 1 is the limit. Caches can bring it above 1.
 - tokens per second: transformers' generate with its default cache and with its static cache compiled, and ours as NTP
   (eager, compiled), MTP, leap and tree. For models of random weights, whose guesses are hardly ever right, tokens/s
   says nothing about MTP; what holds is *efficiency*, speedup / tokens per step: what is left of every accepted token.
@@ -156,7 +156,9 @@ def bench_generate(model, how, prompts, tree, rounds, bar):
             run(prompts[0], n)
             runners[name] = lambda p, run=run: (run(p, n), n)
         except Exception as error:                                          # another version of it, or no compiler
-            notes[name] = f"does not work here: {type(error).__name__}: {str(error).splitlines()[0][:120]}"
+            notes[name] = f"does not work here: {type(error).__name__}: {' '.join(str(error).split())[:120]}"
+            if name == "transformers":                                      # the others are compared with it
+                raise InputError(f"transformers' generate {notes[name]}") from None
         bar.update()
     ours = [("NTP, eager", trees["NTP"], False)] + [(name, tree, how["compile"]) for name, tree in trees.items()]
     for name, tree, compile in ours:
@@ -277,7 +279,8 @@ def bench(args):
             model, state = load_checkpoint(args.run)
             if not set(OFFSETS) <= set(model.offsets) or model.gpt.config.block_size < LENGTH:
                 raise InputError(f"the benchmark needs a run with offsets {OFFSETS} and a context of {LENGTH}")
-            tree = load_tree(Path(args.run) / "tree.json", model.offsets) or tree
+            folder = Path(args.run) if Path(args.run).is_dir() else Path(args.run).parent
+            tree = load_tree(folder / "tree.json", model.offsets) or tree
             prompts = Corpus(state["args"]["data"]).windows("val", args.prompts, PROMPT).tolist()
             size["weights"] = "trained"
         else:
@@ -289,7 +292,7 @@ def bench(args):
         size["batches"] = bench_batches(model, how, args.batches, bar)
         size["generate"], size["notes"] = bench_generate(model, how, prompts, tree, args.rounds, bar)
         if size["weights"] == "trained":
-            size["coupling"] = bench_coupling(model, prompts)
+            size["coupling"] = bench_coupling(ready(model, torch.float32), prompts)    # where texts are equal
         bar.close()
         show(name, size)
     return results
@@ -321,13 +324,17 @@ def main():
     try:
         if min(args.blocks + args.batches + [args.prompts, args.rounds]) < 1 or args.blocks[0] != 1:
             raise InputError("numbers must be at least 1, and the first block size 1: the others are compared with it")
+        if max(args.blocks) > 256:
+            raise InputError(f"blocks of up to 256 tokens can be measured, not {max(args.blocks)}")
+        if args.out and Path(args.out).suffix == ".png":
+            raise InputError("--out names the JSON file; the figure is written beside it")
         check_output("out", args.out)
         results = bench(args)
         if args.out:
             write_whole(args.out, json.dumps(results, indent=1) + "\n")
             draw(results, Path(args.out).with_suffix(".png"))
         print(json.dumps(results))
-    except (InputError, CorpusError, ImportError) as error:
+    except (InputError, CorpusError, OSError) as error:
         print(f"bench_decode.py: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -170,6 +170,18 @@ def test_compiled_programs_emit_the_same_text_and_are_never_compiled_again(tempe
                 assert compiled.generate(prompts, 30).tokens == eager.generate(prompts, 30).tokens
 
 
+@pytest.mark.skipif(not can_compile(torch.device("cpu")), reason="torch.compile needs a C++ compiler")
+def test_a_new_decoder_knows_what_the_model_learned_meanwhile():
+    model = tiny_model(MTP, n_embd=384)                                     # large enough to be frozen into programs
+    prompt = [[1, 2, 3, 4, 5, 6]]
+    for _ in range(2):
+        eager, compiled = (Decoder(model, MTP, compile=c).generate(prompt, 30) for c in (False, True))
+        assert [compiled.tokens, compiled.steps] == [eager.tokens, eager.steps]
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.1 * torch.randn_like(p))
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("compile", [False, True])
@@ -500,7 +512,8 @@ def test_the_page_holds_the_text_and_where_each_token_came_from():
     g = Decoder(model, tree=BUSHY).generate([prompt], 40, stop, record=True)
     assert len(g.history) > g.steps
     page = html_page("a < b", g, BUSHY, tokenizer, prompt)
-    assert "a &lt; b" in page and page.count("</script>") == 1 and "http" not in page
+    assert "a &lt; b" in page and "{{" not in page and "http" not in page
+    assert page.count("const data") == 1 and page.count("</script>") == 1
     data = json.loads(page[page.index("const data = ") + 13:page.index(";\nconst get")])
     assert "".join(t[0] for t in data["tokens"]) == tokenizer.decode(g.tokens[0])
     assert [t[2][0] if t[2] else 1 for t in data["tokens"]] == g.distances[0]
