@@ -696,6 +696,19 @@ def default_methods(offsets):
     return list(dict.fromkeys(found + [tuple(offsets)]))
 
 
+def held_out_records(model, corpus, methods):
+    """A record for each method, as `compare` makes, of how it would draft a corpus's held-out text."""
+    records = []
+    for m in methods:
+        if 2 * offsets_of(m)[-1] < model.gpt.config.block_size:             # else no window is long enough
+            windows = corpus.windows("val", 64, model.gpt.config.block_size + 1)[::2]   # --calibrate uses the others
+            per_step, accepted, a = held_out_acceptance(model, windows, m)
+            records.append(dict(method=method_name(m), offsets=offsets_of(m), block=1 + len(m),
+                                tokens_per_step=per_step, accepted=accepted, acceptance=a,
+                                expected_tokens_per_step=expected_tokens_per_step(a.values())))
+    return records
+
+
 @torch.no_grad()
 def check_rounding(decoder, prompts, texts):
     """Whether a text written in 16 bits is what the model says: each emitted token is teacher-forced, given the text
@@ -969,17 +982,16 @@ def report(run, model, state, args):
     tree = load_tree(tree_file, model.offsets) if with_tree and not args.calibrate else None
     if args.methods and with_tree and not args.calibrate and tree is None:
         raise InputError(f"{run} has no tree yet; find one with --calibrate")
+    corpus = None
     if args.prompt is None or args.calibrate:
         corpus = Corpus(args.data or state["args"]["data"])
         if corpus.meta["tokenizer"] != state["tokenizer"]:
             raise InputError(f"{corpus.folder} is in {corpus.meta['tokenizer']} tokens, {run} was trained on "
                              f"{state['tokenizer']}; prepare it with --tokenizer {state['tokenizer']}")
-        tokenizer = corpus.tokenizer
-        length = getattr(args, "prompt_tokens", min(64, max(1, config.block_size // 4)))
-        prompts = corpus.windows("val", args.prompts, length).tolist()
-    if args.prompt is not None:
-        tokenizer = get_tokenizer(state["tokenizer"])
-        prompts = [tokenizer.encode_ordinary(args.prompt)]
+    tokenizer = corpus.tokenizer if corpus else get_tokenizer(state["tokenizer"])
+    length = getattr(args, "prompt_tokens", min(64, max(1, config.block_size // 4)))
+    prompts = corpus.windows("val", args.prompts, length).tolist() if args.prompt is None else [
+        tokenizer.encode_ordinary(args.prompt)]
     new_tokens = getattr(args, "new_tokens", max(1, min(192, config.block_size - len(prompts[0]))))
     check_prompts(prompts, new_tokens, config)
     compile = args.compile != "no" and can_compile(device)
@@ -987,9 +999,9 @@ def report(run, model, state, args):
         raise InputError("torch.compile does not work here; it needs a C++ compiler and Python's headers")
 
     n = sum(p.numel() for p in model.parameters())
-    how = "compiled" if compile else "eager" if args.compile == "no" else "eager (torch.compile does not work here)"
+    way = "compiled" if compile else "eager" if args.compile == "no" else "eager (torch.compile does not work here)"
     print(f"{run}: {n / 1e6:.2f}M parameters, offsets {model.offsets}, {state['step']} steps; {len(prompts)} prompts, "
-          f"{new_tokens} new tokens each, batch {args.batch_size}, {how}, {args.dtype} on {device}, "
+          f"{new_tokens} new tokens each, batch {args.batch_size}, {way}, {args.dtype} on {device}, "
           f"{torch.get_num_threads()} threads")
     how = dict(batch_size=args.batch_size, dtype=getattr(torch, args.dtype), compile=compile)
     found = None
@@ -1008,14 +1020,7 @@ def report(run, model, state, args):
         seed=args.seed, **how)
     for temperature, title in sorted(titles.items()):
         print_table(title, [r for r in records if r["temperature"] == temperature])
-    held_out = []
-    for m in methods if args.prompt is None else ():
-        if 2 * offsets_of(m)[-1] < config.block_size:                       # else no window is long enough
-            windows = corpus.windows("val", 64, config.block_size + 1)[::2]
-            per_step, accepted, a = held_out_acceptance(model, windows, m)
-            held_out.append(dict(method=method_name(m), offsets=offsets_of(m), block=1 + len(m),
-                                 tokens_per_step=per_step, accepted=accepted, acceptance=a,
-                                 expected_tokens_per_step=expected_tokens_per_step(a.values())))
+    held_out = held_out_records(model, corpus, methods) if args.prompt is None else []
     if held_out:
         print_table("held-out text, teacher forcing", held_out)
     if args.trace or args.prompt is not None:
