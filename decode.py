@@ -22,12 +22,10 @@ Read: picking a token, trees, the decoder, calibration, comparing methods, showi
 import argparse
 import codecs
 import copy
-import datetime
 import html
 import json
 import math
 import os
-import platform
 import re
 import statistics
 import sys
@@ -44,10 +42,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data.loader import Corpus
-from data.prepare import CorpusError, get_tokenizer
+from data.prepare import get_tokenizer
 from heads import ResBlockHead, check_offsets, draft_sources, leap_offsets, parse_offsets
 from model import InputError, KVCache, block_mask
-from train import load_checkpoint, pick_device
+from train import check_output, environment, load_checkpoint, one_line_errors, pick_device, write_whole
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -870,13 +868,6 @@ def html_page(title, generation, tree, tokenizer, prompt):
     return page.replace("{{title}}", html.escape(title)).replace("{{data}}", safe)
 
 
-def environment(device):
-    """What a measurement depends on, for result files."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    return dict(torch=torch.__version__, python=platform.python_version(), device=str(device), device_name=name,
-                threads=torch.get_num_threads(), date=datetime.date.today().isoformat())
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The command line
 
@@ -948,24 +939,6 @@ def print_calibration(found):
     for i, (node, d) in enumerate(zip(found["tree"], depths(found["tree"])[1:]), 1):
         print(f"node {i:2} after {node.parent:2}, distance {d + 1}: offset {node.offset}, look-back {node.look_back}, "
               f"rank {node.rank + 1}")
-
-
-def check_output(option, path):
-    """Raise InputError when the file that an option names cannot be written."""
-    if path and Path(path).is_dir():
-        raise InputError(f"--{option} {path} is a folder; name a file")
-    if path and not os.access(Path(path).parent, os.W_OK):
-        raise InputError(f"--{option} {path} cannot be written: no such folder, or not a writable one")
-
-
-def write_whole(path, text):
-    """Write a text file so that it is whole or not there."""
-    part = Path(f"{path}.part")
-    try:
-        part.write_text(text)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def report(run, model, state, args):
@@ -1043,7 +1016,7 @@ def report(run, model, state, args):
 def main():
     """Report on every run; bad input is one line and status 2."""
     args = parse_args()
-    try:
+    with one_line_errors("decode.py", memory="--batch-size, --prompts or --new-tokens"):
         if args.tree_nodes is not None and not args.calibrate:
             raise InputError("--tree-nodes says how --calibrate is to choose; give both")
         for name in ("prompts", "prompt_tokens", "batch_size", "rounds", "tree_nodes"):
@@ -1058,12 +1031,6 @@ def main():
         results = [report(run, model, state, args) for run, model, state in loaded]
         if args.out:
             write_whole(args.out, json.dumps(results, indent=1))
-    except (InputError, CorpusError, OSError) as error:
-        print(f"decode.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

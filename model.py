@@ -155,13 +155,9 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
-    def hidden_states(self, idx, position=None, cache=None, slots=None, mask=None):
-        """The final, normalised hidden states: (B, T) int64 token ids -> (B, T, C).
-
-        Without a cache the T tokens are a whole text from its start. With one they are a block: `position` (B, T) is
-        the place of each token in its text, and cache, slots, mask are as in Block.
-        Raises InputError when a whole text exceeds block_size.
-        """
+    def residual_stream(self, idx, position=None, cache=None, slots=None, mask=None):
+        """What stands between the layers: the embeddings and each layer's output, before the final norm.
+        -> list of n_layer + 1 tensors (B, T, C); arguments and errors as in hidden_states."""
         if position is None:
             T = idx.shape[1]
             if T > self.config.block_size:
@@ -169,10 +165,19 @@ class GPT(nn.Module):
                                  f"{self.config.block_size}")
             position = torch.arange(T, device=idx.device)
         x = self.transformer.wte(idx) + self.transformer.wpe(position)
-        x = F.dropout(x, self.config.dropout, self.training)
+        stream = [F.dropout(x, self.config.dropout, self.training)]
         for i, block in enumerate(self.transformer.h):
-            x = block(x, cache.layers[i] if cache else None, slots, mask)
-        return self.transformer.ln_f(x)
+            stream.append(block(stream[-1], cache.layers[i] if cache else None, slots, mask))
+        return stream
+
+    def hidden_states(self, idx, position=None, cache=None, slots=None, mask=None):
+        """The final, normalised hidden states: (B, T) int64 token ids -> (B, T, C).
+
+        Without a cache the T tokens are a whole text from its start. With one they are a block: `position` (B, T) is
+        the place of each token in its text, and cache, slots, mask are as in Block.
+        Raises InputError when a whole text exceeds block_size.
+        """
+        return self.transformer.ln_f(self.residual_stream(idx, position, cache, slots, mask)[-1])
 
     def forward(self, idx, targets=None):
         """idx (B, T) int64 -> logits (B, T, V), and the mean cross-entropy in nats against targets (B, T), or None."""

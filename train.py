@@ -9,17 +9,19 @@ stopped anywhere: batches are a function of (seed, step), checkpoints hold all o
 so a run that was killed and resumed ends with the same weights, bit for bit on a CPU, as one that was not.
 
 A run folder holds checkpoint.pt and metrics.jsonl (one JSON object per line: training losses and validation results).
-Read: optimizers and schedule, checkpoints, evaluation, the loop, the command line.
+Read: optimizers and schedule, checkpoints, evaluation, the loop, what all command lines share, the command line.
 """
 import argparse
+import datetime
 import json
 import math
 import os
+import platform
 import re
 import signal
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -269,12 +271,75 @@ def train(args, model=None, state=None):
             if validate or stopping:
                 save(done)
             if stopping:
-                raise KeyboardInterrupt
+                raise KeyboardInterrupt(f"stopped; go on with: python train.py --resume {args.out}")
     finally:
         bar.close()
         for s, handler in handlers.items():
             signal.signal(s, handler)
     return model
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the other command lines here also need
+
+def pick_device(name):
+    """"auto", "cpu", "cuda", "cuda:1", "mps" -> torch.device. Raises InputError when it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        if torch.device(name).type in ("cpu", "cuda", "mps"):
+            return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError):
+        pass
+    raise InputError(f"device {name!r} is not available here; try --device cpu")
+
+
+def check_output(option, path):
+    """Raise InputError when the file that an option names cannot be written."""
+    if path and Path(path).is_dir():
+        raise InputError(f"--{option} {path} is a folder; name a file")
+    if path and not os.access(Path(path).parent, os.W_OK):
+        raise InputError(f"--{option} {path} cannot be written: no such folder, or not a writable one")
+
+
+def write_whole(path, text):
+    """Write a text file so that it is whole or not there."""
+    part = Path(f"{path}.part")
+    try:
+        part.write_text(text)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def environment(device):
+    """What a measurement depends on, for result files."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return dict(torch=torch.__version__, python=platform.python_version(), device=str(device), device_name=name,
+                threads=torch.get_num_threads(), date=datetime.date.today().isoformat())
+
+
+@contextmanager
+def one_line_errors(script, memory):
+    """Run the body of a command line. What a user can mend is one line on stderr and status 2; `memory` says what to
+    lower where memory is short. A run that diverged has status 1, one that was stopped 130; bugs keep their traceback.
+    """
+    try:
+        yield
+    except (InputError, CorpusError, OSError) as error:
+        message, status = f"{script}: error: {error}", 2
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        message, status = f"{script}: error: not enough memory; lower {memory}", 2
+    except Diverged as error:
+        message, status = f"{script}: {error}", 1
+    except KeyboardInterrupt as error:
+        message, status = str(error) or "stopped", 130
+    else:
+        return
+    print(message, file=sys.stderr)
+    sys.exit(status)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -330,18 +395,6 @@ def parse_args(argv=None):
     return p.parse_args(argv)
 
 
-def pick_device(name):
-    """"auto", "cpu", "cuda", "cuda:1", "mps" -> torch.device. Raises InputError when it is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        if torch.device(name).type in ("cpu", "cuda", "mps"):
-            return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError):
-        pass
-    raise InputError(f"device {name!r} is not available here; try --device cpu")
-
-
 def pick_dtype(name, device):
     """"auto" is bfloat16 where the hardware multiplies in it (GPUs since Ampere, CPUs with AVX512-BF16)."""
     if name != "auto":
@@ -375,7 +428,7 @@ def check_args(args):
 def main():
     """Train or resume; bad input is one line and status 2, a diverged run status 1, a stopped one 130."""
     args = parse_args()
-    try:
+    with one_line_errors("train.py", memory="--batch-size, --block-size or the model"):
         model = state = None
         if args.resume is not None:
             model, state = load_checkpoint(args.resume)
@@ -393,20 +446,6 @@ def main():
                 raise InputError(f"{args.out} already holds a run: --resume {args.out}, --overwrite, or another --out")
         train(args, model, state)
         print(f"done: python decode.py {args.out}")
-    except (InputError, CorpusError, OSError) as error:
-        print(f"train.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
-            raise                                                           # a bug: its traceback is wanted
-        print("train.py: error: not enough memory; lower --batch-size, --block-size or the model", file=sys.stderr)
-        sys.exit(2)
-    except Diverged as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print(f"stopped; go on with: python train.py --resume {args.out}", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

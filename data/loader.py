@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.prepare import CorpusError, get_tokenizer
+from data.prepare import ROOT, CorpusError, get_tokenizer
 
 SPLITS = ("train", "val")
 
 
 class Corpus:
-    """A prepared corpus folder, memory-mapped.
+    """A prepared corpus, memory-mapped: Corpus("data/python"), or Corpus("python") for one of the project's own.
 
     folder       Path of the corpus
     meta         what meta.json says
@@ -30,6 +30,8 @@ class Corpus:
 
     def __init__(self, folder):
         self.folder = Path(folder)
+        if not self.folder.exists() and (ROOT / "data" / folder / "meta.json").exists():
+            self.folder = ROOT / "data" / folder
         try:
             self.meta = json.loads((self.folder / "meta.json").read_text())
             name, self.vocab_size = self.meta["tokenizer"], self.meta["vocab_size"]

@@ -33,12 +33,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data.loader import Corpus
-from data.prepare import CorpusError
-from decode import (Decoder, Node, can_compile, chain, check_output, environment, load_tree, ready, step_latencies,
-                    write_whole)
+from decode import Decoder, Node, can_compile, chain, load_tree, ready, step_latencies
 from heads import HeadsConfig, MultiTokenGPT, draft_sources
 from model import GPT, GPTConfig, InputError
-from train import load_checkpoint, pick_device
+from train import check_output, environment, load_checkpoint, one_line_errors, pick_device, write_whole
 
 SIZES = {                                                                   # GPT-2's real shapes; toy is the demo's
     "toy": dict(n_layer=4, n_head=2, n_embd=96, vocab_size=257, block_size=256),
@@ -321,7 +319,7 @@ def show(name, size):
 def main():
     """Bad input is one line and status 2."""
     args = parse_args()
-    try:
+    with one_line_errors("bench_decode.py", memory="--batches or --sizes"):
         if min(args.blocks + args.batches + [args.prompts, args.rounds]) < 1 or args.blocks[0] != 1:
             raise InputError("numbers must be at least 1, and the first block size 1: the others are compared with it")
         if max(args.blocks) > 256:
@@ -334,12 +332,6 @@ def main():
             write_whole(args.out, json.dumps(results, indent=1) + "\n")
             draw(results, Path(args.out).with_suffix(".png"))
         print(json.dumps(results))
-    except (InputError, CorpusError, OSError) as error:
-        print(f"bench_decode.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":
