@@ -27,6 +27,7 @@ import copy
 import json
 import math
 import sys
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,20 +50,20 @@ MAX_NODES = 1024                                                            # br
 # (B, P, n, V), and the share of the whole that each stands for, weight (B, P, n). It returns their children: token,
 # parent (the index of a node) and weight, each (B, P, m).
 
-def every_best(probs, weight, k, generator=None):
+def every_best(probs, weight, k, generator):
     """Top-k per level: the k best tokens after every node, so k^d branches at depth d. With k = V: all of them."""
     best, token = probs.topk(k, dim=-1)                                     # (B, P, n, k)
     parent = torch.arange(probs.shape[2], device=probs.device)[:, None].expand_as(token)
     return token.flatten(2), parent.flatten(2), (weight[..., None] * best).flatten(2)
 
 
-def best_paths(probs, weight, k, generator=None):
+def best_paths(probs, weight, k, generator):
     """A beam: of all children together the k with the highest joint probability, so k branches at each depth."""
     weight, i = (weight[..., None] * probs).flatten(2).topk(k, dim=-1)      # (B, P, k), i into n * V
     return i % probs.shape[-1], i // probs.shape[-1], weight
 
 
-def random_paths(probs, weight, k, generator=None):
+def random_paths(probs, weight, k, generator):
     """Monte Carlo: k paths drawn from the model. A node that stands for a share w of them draws w * k children."""
     draws = round(weight.flatten()[0].item() * k)                           # k at the root, 1 below
     token = probs.flatten(0, 2).multinomial(draws, replacement=True, generator=generator)
@@ -84,26 +85,97 @@ class Marginal(NamedTuple):
     error: torch.Tensor = None  # (B, P, V) standard error of probs; of Monte Carlo only
 
 
-def check_look_ahead(config, length, horizon, branches, method, max_nodes):
-    """Raise InputError unless a text of `length` tokens can be looked ahead of in this way."""
+def check_options(config, horizon, branches, method, max_nodes):
+    """Raise InputError unless a model of this GPTConfig can be looked ahead of in this way."""
     if horizon < 1:
         raise InputError(f"the horizon must be at least 1, not {horizon}")
-    if length < 1:
-        raise InputError("the text is empty; give at least one token")
-    if length + horizon - 1 > config.block_size:
-        raise InputError(f"{length} tokens and a horizon of {horizon} need a context of {length + horizon - 1}; the "
-                         f"model has {config.block_size}")
+    if method not in METHODS:
+        raise InputError(f"unknown method {method!r}; there are {', '.join(METHODS)}")
+    if branches is None and method != "top-k":
+        raise InputError(f"the method {method!r} needs a number of branches")
     if branches is not None and branches < 1:
         raise InputError(f"branches must be at least 1, not {branches}")
     if branches is not None and branches > config.vocab_size and method != "sample":
         raise InputError(f"{branches} branches are more than the vocabulary of {config.vocab_size}")
-    if method not in METHODS:
-        raise InputError(f"unknown method {method!r}; there are {', '.join(METHODS)}")
-    if branches is None and method != "top-k" and horizon > 1:
-        raise InputError(f"the method {method!r} needs a number of branches")
-    if max_nodes < (branches or 1) and method == "beam" or max_nodes < 1:
-        raise InputError(f"max_nodes must be at least {branches if method == 'beam' else 1}, not {max_nodes}"
-                         + ": the branches of a beam are compared with each other" * (method == "beam"))
+    least = branches if method == "beam" else 1                             # a beam's are compared with each other
+    if max_nodes < least:
+        raise InputError(f"max_nodes must be at least {least}{', the branches of the beam' * (least > 1)}, "
+                         f"not {max_nodes}")
+
+
+def check_questions(config, idx, position, horizon):
+    """Raise InputError unless the tokens after `position` in the texts idx can be asked about."""
+    if not idx.numel() or not position.numel():
+        raise InputError("there is no text, or no position to look ahead from")
+    if idx.min() < 0 or idx.max() >= config.vocab_size:
+        raise InputError(f"a text has a token id outside 0..{config.vocab_size - 1}; is it another tokenizer's?")
+    if position.min() < 0 or position.max() >= idx.shape[1]:
+        raise InputError(f"positions must be in 0..{idx.shape[1] - 1}")
+    needed = max(idx.shape[1], int(position.max()) + horizon)               # the last branches stand there
+    if needed > config.block_size:
+        raise InputError(f"{idx.shape[1]} tokens and a horizon of {horizon} need a context of {needed}; the model has "
+                         f"{config.block_size}")
+
+
+class Context:
+    """Texts idx (R, T) that are read once, into a cache with further slots for branches: `room` at each of `depths`.
+
+    So there are S = T + depths * room slots for each text. h (R, T, C): the hidden states after each of its tokens.
+    """
+
+    def __init__(self, gpt, idx, depths, room):
+        config, weight, (R, T), S = gpt.config, gpt.lm_head.weight, idx.shape, idx.shape[1] + depths * room
+        self.gpt, self.room, self.slot = gpt, room, torch.arange(S, device=idx.device)  # (S,)
+        self.cache = KVCache(config.n_layer, config.n_embd, R, S, idx.device, weight.dtype)
+        self.row = S * torch.arange(R, device=idx.device)[:, None]          # where each text's slots begin
+        text = self.slot[:T]
+        self.h = self.read(idx, text, text, (self.slot <= text[:, None])[None])
+
+    def read(self, token, place, slots, seen):
+        """Tokens (R, N) that stand at `place` in their text, into their slots (N,); seen (R, N, S) bool: which slots each
+        of them sees. -> hidden states (R, N, C)"""
+        return self.gpt.hidden_states(token, place, self.cache, (self.row + slots).flatten(), seen[:, None])
+
+    def probs(self, h):
+        """Hidden states (..., C) -> the probabilities of the next token, (..., V), in float32 at least."""
+        logits = self.gpt.lm_head(h)
+        return F.softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))
+
+
+def foretell(context, t, horizon, choose, part, samples=None):
+    """What follows each of the positions t (R, P) of the context's texts. choose(probs, weight): which children; part:
+    how many nodes of a position are read at once; samples: how many random paths `choose` draws, if it does.
+    -> [Marginal for distance 1, 2, ..., horizon]"""
+    (_, T, C), S = context.h.shape, len(context.slot)
+    root = context.probs(context.h.gather(1, t[..., None].expand(-1, -1, C)))   # (R, P, V)
+    total, mass = root.new_zeros(horizon, *root.shape), root.new_zeros(horizon, *t.shape)
+    squares = torch.zeros_like(total) if samples else None
+
+    def follow(depth, probs, weight, seen):
+        """Add what the nodes with these probs (R, P, n, V) and weight (R, P, n) say, and follow their children, part
+        by part and each part to its end before the next, so that little is held at once. seen (R, P, n, S)."""
+        total[depth] += (weight[:, :, None] @ probs)[:, :, 0]               # (R, P, V)
+        mass[depth] += weight.sum(-1)
+        if squares is not None:
+            squares[depth] += (weight[:, :, None] @ probs.square())[:, :, 0]
+        if depth + 1 == horizon:
+            return
+        children = choose(probs, weight)                                    # token, parent, weight, each (R, P, m)
+        for token, parent, share in zip(*(c.split(part, dim=2) for c in children)):
+            R, P, n = token.shape
+            own = T + depth * context.room + context.slot[:P * n]           # the slots of these nodes
+            # A node sees what its parent sees, and itself.
+            below = seen.gather(2, parent[..., None].expand(-1, -1, -1, S)).flatten(1, 2)   # (R, P * n, S)
+            below = below | (context.slot == own[:, None])
+            place = (t[:, :, None] + depth + 1).expand(-1, -1, n)
+            h = context.read(token.flatten(1), place.flatten(1), own, below)    # (R, P * n, C)
+            follow(depth + 1, context.probs(h).view(R, P, n, -1), share, below.view(R, P, n, S))
+
+    follow(0, root[:, :, None], torch.ones_like(root[:, :, :1]), (context.slot <= t[..., None])[:, :, None])
+    if squares is None:
+        return [Marginal(*m) for m in zip(total, mass)]
+    error = ((squares - total.square()).clamp(min=0) / max(1, samples - 1)).sqrt()  # of the mean of paths
+    return [Marginal(*m) for m in zip(total, mass, error)]
 
 
 @torch.no_grad()
@@ -111,18 +183,17 @@ def look_ahead(gpt, idx, position, horizon, branches=None, method="top-k", max_n
     """p(x_{t+1} | x_<=t), ..., p(x_{t+horizon} | x_<=t) at many positions t of many texts.
 
     idx (B, T) int64: the texts. position (B, P) int64: the questions, t counted from 0.
-    branches: k as in METHODS[method]; None: all V, which is exact.
+    branches: k as in METHODS[method]; None, with "top-k": all V, which is exact.
     max_nodes bounds the memory: a forward pass holds at most so many branches, and for each distance the probabilities
         of one pass, (max_nodes, V), are kept at once. It does not change the result (but which paths `sample` draws).
     Yields (rows, columns, [Marginal for distance 1, 2, ...]), one part of the B x P questions after another; rows and
-    columns are slices. Puts the gpt into eval mode. Raises InputError as check_look_ahead says.
+    columns are slices. Puts the gpt into eval mode. Raises InputError as the checks above say.
     """
-    B, T, V, config = *idx.shape, gpt.config.vocab_size, gpt.config
-    check_look_ahead(config, T, horizon, branches, method, max_nodes)
-    choose, k, device = METHODS[method], branches or V, idx.device
-    dtype = torch.promote_types(gpt.lm_head.weight.dtype, torch.float32)
-    generator = torch.Generator(device).manual_seed(seed)
+    (B, T), P, k = idx.shape, position.shape[1], branches or gpt.config.vocab_size
+    check_options(gpt.config, horizon, branches, method, max_nodes)
+    check_questions(gpt.config, idx, position, horizon)
     gpt.eval()
+    choose = partial(METHODS[method], k=k, generator=torch.Generator(idx.device).manual_seed(seed))
 
     # One pass reads, of R texts, p positions and `part` nodes of each. Few for each text, because all of these see each
     # other's slots, in vain; rather more texts.
@@ -130,67 +201,33 @@ def look_ahead(gpt, idx, position, horizon, branches=None, method="top-k", max_n
     R = min(B, max(1, max_nodes // per_row))
     p = max(1, per_row // k)
     part = k if method == "beam" else per_row // p
-    room = p * part                                                         # slots for the nodes of one depth
-    S = T + (horizon - 1) * room
-
-    for rows in (slice(r, min(r + R, B)) for r in range(0, B, R)):
-        text, n_rows = idx[rows], len(idx[rows])
-        first_slot = S * torch.arange(n_rows, device=device)[:, None]       # of each row, in the flattened cache
-        slot = torch.arange(S, device=device)
-        cache = KVCache(config.n_layer, config.n_embd, n_rows, S, device, gpt.lm_head.weight.dtype)
-
-        def read(token, place, slots, seen):
-            """Forward tokens (R, N) at their places in the text, into their slots; seen (R or 1, N, S)."""
-            return gpt.hidden_states(token, place, cache, (first_slot + slots).flatten(), seen[:, None])
-
-        def follow(depth, probs, weight, seen):
-            """Add what the nodes with these probs (R, P, n, V) and weight (R, P, n) say, then follow their children.
-            seen (R, P, n, S): which slots a node sees."""
-            total[depth] += (weight[:, :, None] @ probs)[:, :, 0]           # (R, P, V)
-            mass[depth] += weight.sum(-1)
-            if squares is not None:
-                squares[depth] += (weight[:, :, None] @ probs.square())[:, :, 0]
-            if depth + 1 == horizon:
-                return
-            children = choose(probs, weight, k, generator)                  # three of (R, P, m)
-            for token, parent, share in zip(*(c.split(part, dim=2) for c in children)):
-                P, n = token.shape[1:]
-                own = T + depth * room + torch.arange(P * n, device=device)     # slots of these nodes
-                # A node sees what its parent sees, and itself.
-                below = seen.gather(2, parent[..., None].expand(-1, -1, -1, S)).flatten(1, 2)   # (R, P * n, S)
-                below = below | (slot == own[:, None])
-                place = (t[:, :, None] + depth + 1).expand(-1, -1, n).flatten(1)
-                h = read(token.flatten(1), place, own, below)               # (R, P * n, C)
-                follow(depth + 1, F.softmax(gpt.lm_head(h), -1, dtype).view(-1, P, n, V), share,
-                       below.view(-1, P, n, S))
-
-        h = read(text, slot[:T], slot[:T], (slot <= slot[:T, None])[None])  # (R, T, C)
-        for columns in (slice(c, min(c + p, position.shape[1])) for c in range(0, position.shape[1], p)):
-            t = position[rows, columns]                                     # (R, P)
-            shape = (horizon, *t.shape, V)
-            total, mass = (torch.zeros(s, dtype=dtype, device=device) for s in (shape, shape[:3]))
-            squares = torch.zeros_like(total) if method == "sample" else None
-            logits = gpt.lm_head(h.gather(1, t[..., None].expand(-1, -1, h.shape[-1])))
-            follow(0, F.softmax(logits, -1, dtype)[:, :, None], torch.ones_like(t, dtype=dtype)[..., None],
-                   (slot <= t[..., None])[:, :, None])
-            error = [None] * horizon
-            if method == "sample":                                          # of the mean of k independent paths
-                error = ((squares - total.square()).clamp(min=0) / max(1, k - 1)).sqrt()
-            yield rows, columns, [Marginal(*m) for m in zip(total, mass, error)]
+    for r in range(0, B, R):
+        rows = slice(r, min(r + R, B))
+        context = Context(gpt, idx[rows], horizon - 1, p * part)
+        for c in range(0, P, p):
+            columns = slice(c, min(c + p, P))
+            yield rows, columns, foretell(context, position[rows, columns], horizon, choose, part,
+                                          k if method == "sample" else None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What it gives: exact, truncated, estimated
 
 def last_marginal(gpt, idx, horizon, position, **how):
-    """The Marginal of look_ahead at distance `horizon`, of all its parts together."""
-    if position is None:
-        position = torch.full((len(idx), 1), idx.shape[1] - 1, device=idx.device)
-    found = {}
-    for rows, _, marginals in look_ahead(gpt, idx, position, horizon, **how):
-        found.setdefault(rows.start, []).append(marginals[-1])
-    parts = [[torch.cat(t, dim=1) if t[0] is not None else None for t in zip(*row)] for row in found.values()]
-    return Marginal(*(torch.cat(t) if t[0] is not None else None for t in zip(*parts)))
+    """The Marginal of look_ahead at distance `horizon`, all its parts together."""
+    whole = None
+    for rows, columns, (*_, part) in look_ahead(gpt, idx, position, horizon, **how):
+        if whole is None:
+            whole = Marginal(*(None if m is None else m.new_empty(*position.shape, *m.shape[2:]) for m in part))
+        for m, there in zip(part, whole):
+            if m is not None:
+                there[rows, columns] = m
+    return whole
+
+
+def last_position(idx):
+    """(B, 1): the end of each text (B, T)."""
+    return torch.full((len(idx), 1), idx.shape[1] - 1, device=idx.device)
 
 
 def marginalize(gpt, idx, horizon, branches=None, method="top-k", position=None, max_nodes=MAX_NODES):
@@ -204,8 +241,9 @@ def marginalize(gpt, idx, horizon, branches=None, method="top-k", position=None,
     max_nodes: the memory bound of look_ahead. Raises InputError for a horizon below 1 or beyond the context, or more
     branches than the vocabulary.
     """
-    found = last_marginal(gpt, idx, horizon, position, branches=branches, method=method, max_nodes=max_nodes)
-    return (found.probs[:, 0], found.mass[:, 0]) if position is None else (found.probs, found.mass)
+    asked = last_position(idx) if position is None else position
+    probs, mass, _ = last_marginal(gpt, idx, horizon, asked, branches=branches, method=method, max_nodes=max_nodes)
+    return (probs[:, 0], mass[:, 0]) if position is None else (probs, mass)
 
 
 def estimate(gpt, idx, horizon, samples, position=None, max_nodes=MAX_NODES, seed=0):
@@ -214,8 +252,10 @@ def estimate(gpt, idx, horizon, samples, position=None, max_nodes=MAX_NODES, see
     -> probs (B, V) and their standard error (B, V), with position (B, P, V). Not the last tokens of the paths are
     counted, but the model's whole distributions there averaged, which is far less noisy.
     """
-    found = last_marginal(gpt, idx, horizon, position, branches=samples, method="sample", max_nodes=max_nodes, seed=seed)
-    return (found.probs[:, 0], found.error[:, 0]) if position is None else (found.probs, found.error)
+    asked = last_position(idx) if position is None else position
+    probs, _, error = last_marginal(gpt, idx, horizon, asked, branches=samples, method="sample", max_nodes=max_nodes,
+                                    seed=seed)
+    return (probs[:, 0], error[:, 0]) if position is None else (probs, error)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -253,7 +293,8 @@ def questions(corpus, block_size, horizon, n_windows, n_positions):
             kept.append(window)
             position.append(found[torch.linspace(0, len(found) - 1, n_positions).long()])
     if not kept:
-        raise InputError(f"no window of {block_size + 1} tokens has {n_positions} positions to ask at; lower --positions")
+        raise InputError(f"no window of {block_size + 1} tokens has {n_positions} positions to ask at: lower "
+                         "--positions")
     return torch.stack(kept), torch.stack(position)
 
 
@@ -294,7 +335,7 @@ def measure(model, windows, position, horizon, unigram, branches, method="beam",
         unigram            how often tokens occur: the same everywhere
 
     windows (W, L), position (W, P) as from `questions`; unigram (V,). -> list of records: distance, reader, top1, top5
-    and nats, marginalisation also with its captured mass.
+    and nats; of marginalisation also its captured mass, of the others top1_gain: top1 over marginalisation's.
     """
     gpt, (W, P) = model.gpt, position.shape
     idx = windows[:, :int(position.max()) + 1]
@@ -306,7 +347,8 @@ def measure(model, windows, position, horizon, unigram, branches, method="beam",
         for values, found in zip(kept, score(probs, target[distance - 1][rows, columns])):
             values[rows, columns] = found.float().cpu()
 
-    with tqdm(total=2 * W * P, desc="look ahead", unit="position", leave=False, disable=None if progress else True) as bar:
+    with tqdm(total=2 * W * P, desc="look ahead", unit="position", leave=False,
+              disable=None if progress else True) as bar:
         for reader, how in (("marginalisation", (branches, method)), ("greedy rollout", (1, "beam"))):
             for rows, columns, found in look_ahead(gpt, idx, position, horizon, *how, max_nodes, seed):
                 for d, m in enumerate(found, 1):
@@ -321,12 +363,17 @@ def measure(model, windows, position, horizon, unigram, branches, method="beam",
             if d > 1 and d in model.offsets:
                 keep("own head", d, rows, slice(None), model.offset_logits(h, d)[:, position[w]].softmax(-1))
             keep("unigram", d, rows, slice(None), unigram.expand(1, P, -1))
-    order = ["model", "marginalisation", "own head", "greedy rollout", "unigram"]
-    records = [record(*scores[d, reader], distance=d, reader=reader)
-               for d, reader in sorted(scores, key=lambda key: (key[0], order.index(key[1])))]
-    for r in records:
-        if r["reader"] == "marginalisation":
-            r["mass"] = interval(mass[r["distance"] - 1])
+    records = []
+    for d in range(1, horizon + 1):
+        for reader in ("model", "marginalisation", "own head", "greedy rollout", "unigram"):
+            if (d, reader) in scores:
+                rank, nats = scores[d, reader]
+                records.append(record(rank, nats, distance=d, reader=reader))
+                if reader == "marginalisation":
+                    records[-1]["mass"] = interval(mass[d - 1])
+                elif d > 1:                                                 # question by question: much less noisy
+                    base = scores[d, "marginalisation"][0]
+                    records[-1]["top1_gain"] = interval((rank < 1).float() - (base < 1).float())
     return records
 
 
@@ -340,7 +387,8 @@ def truncation(gpt, windows, position, horizon, nodes, max_nodes=MAX_NODES, seed
     records, (W, P), V = [], position.shape, gpt.config.vocab_size
     affordable = [d for d in range(2, horizon + 1) if V ** (d - 1) <= nodes]
     ks = [k for k in (1, 4, 16, 64) if k <= min(V, max_nodes)]
-    bar = tqdm(total=len(affordable) * (1 + len(ks)), desc="truncation", leave=False, disable=None if progress else True)
+    bar = tqdm(total=len(affordable) * (1 + len(ks)), desc="truncation", leave=False,
+               disable=None if progress else True)
     for d in affordable:
         n = min(W * P, nodes // V ** (d - 1))
         some = torch.linspace(0, W - 1, min(n, W)).long().to(windows.device)    # spread over windows, then positions
@@ -381,7 +429,7 @@ class Probe(nn.Module):
         return gpt.lm_head(gpt.transformer.ln_f(x + self.affine(x)))
 
 
-def train_probes(gpt, corpus, distances=(1, 2), steps=300, batch_size=8, lr=2e-3, seed=0, progress=True):
+def train_probes(gpt, corpus, distances=(1, 2), steps=300, batch_size=8, lr=1e-2, seed=0, progress=True):
     """A probe for each layer and distance, trained on the corpus with the backbone frozen.
     -> {distance: [Probe for the embeddings, for layer 1, ...]}. Raises CorpusError when the corpus is too short."""
     gpt = copy.deepcopy(gpt).eval().requires_grad_(False)                   # the caller's stays as it is
@@ -432,37 +480,42 @@ def measure_layers(gpt, probes, windows, position):
 def draw(results, path):
     """Accuracy by distance and, where layers were measured, by depth, as a PNG. Needs matplotlib."""
     plt = import_matplotlib()
-    layered = [r for r in results["runs"] if r["layers"]]
-    columns = [None] + layered
-    figure, axes = plt.subplots(1, len(columns), figsize=(5.2 * len(columns), 4), squeeze=False, layout="constrained")
-    axis = axes[0][0]
+    runs, layered = results["runs"], [run for run in results["runs"] if run["layers"]]
+    width = min(3, 1 + len(layered))
+    figure, axes = plt.subplots(-(-(1 + len(layered)) // width), width, squeeze=False, layout="constrained",
+                                figsize=(5.2 * width, 4.2 * -(-(1 + len(layered)) // width)))
+    axes = axes.flatten()
+
+    def curve(axis, x, records, **style):
+        mean, half = zip(*(r["top1"] for r in records))
+        axis.errorbar(x, mean, half, capsize=2, markersize=4, linewidth=1.5, **style)
+
     styles = {"marginalisation": "o-", "own head": "s--", "greedy rollout": "^:", "unigram": "x:"}
-    for i, run in enumerate(results["runs"]):
-        for reader, style in styles.items():
-            if reader == "unigram" and i + 1 < len(results["runs"]):
-                continue                                                    # one is enough on one corpus
-            found = [r for r in run["table"] if r["reader"] == reader or r["distance"] == 1 and r["reader"] == "model"
-                     and reader != "unigram"]
+    shown = styles if len(runs) == 1 else ["marginalisation", "own head"]   # of several, only what they differ in
+    for i, run in enumerate(runs):
+        for j, reader in enumerate(shown):
+            found = [r for r in run["table"] if r["reader"] == reader or r["reader"] == "model" and reader != "unigram"]
             if any(r["reader"] == reader for r in found):
-                axis.errorbar([r["distance"] for r in found], [r["top1"][0] for r in found],
-                              [r["top1"][1] for r in found], fmt=style, color=f"C{i}", capsize=2, markersize=4,
-                              label=f"{run['name']}: {reader}" if len(results["runs"]) > 1 else reader)
-    axis.set(xlabel="distance (tokens ahead)", ylabel="top-1 accuracy, held-out", ylim=(0, None),
-             title="What is known about t+1, t+2, ...")
-    axis.set_xticks(range(1, 1 + results["horizon"]))
-    axis.legend(fontsize=8)
-    for axis, run in zip(axes[0][1:], layered):
-        for d, color in zip(sorted({r["distance"] for r in run["layers"]}), ("C0", "C3", "C2", "C1")):
+                curve(axes[0], [r["distance"] for r in found], found, fmt=styles[reader],
+                      color=f"C{i if len(runs) > 1 else j}", label=f"{run['name']}, " * (len(runs) > 1) + reader)
+    axes[0].set(xlabel="distance (tokens ahead)", ylabel="top-1 accuracy, held-out", title="What is known about t+h",
+                xticks=range(1, 1 + results["horizon"]))
+    for axis, run in zip(axes[1:], layered):
+        for d, color in zip(sorted({r["distance"] for r in run["layers"]}), ("C0", "C3")):
             for reader, style in (("probe", "o-"), ("lens", "x:")):
                 found = [r for r in run["layers"] if r["distance"] == d and r["reader"] == reader]
-                axis.errorbar([r["layer"] for r in found], [r["top1"][0] for r in found], [r["top1"][1] for r in found],
-                              fmt=style, color=color, capsize=2, markersize=4, label=f"t+{d}, {reader}")
+                curve(axis, [r["layer"] for r in found], found, fmt=style, color=color, label=f"t+{d}, {reader}")
             for r in run["table"]:
                 if r["distance"] == d and r["reader"] == "marginalisation":
-                    axis.axhline(r["top1"][0], color=color, linestyle="--", linewidth=1, label=f"t+{d}, marginalisation")
-        axis.set(xlabel="layer (0: the embeddings)", title=f"{run['name']}, layer by layer", ylim=(0, None))
-        axis.set_xticks(sorted({r["layer"] for r in run["layers"]}))
-        axis.legend(fontsize=8)
+                    axis.axhline(r["top1"][0], color=color, linestyle="--", linewidth=1,
+                                 label=f"t+{d}, marginalisation")
+        axis.set(xlabel="layer (0: the embeddings)", ylabel="top-1 accuracy, held-out",
+                 title=f"{run['name']}, layer by layer", xticks=sorted({r["layer"] for r in run["layers"]}))
+    for axis in axes[:1 + len(layered)]:
+        axis.set_ylim(0, 1)
+        axis.legend(fontsize=8, loc="upper right" if axis is axes[0] else "upper left")
+    for axis in axes[1 + len(layered):]:
+        axis.set_visible(False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -487,8 +540,8 @@ def parse_args():
         prog="marginalize.py", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description="Measure on held-out text what a model that predicts the next token knows about the tokens after "
                     "it, by summing over the tokens in between; beside its own heads, if it has some, and baselines.")
-    p.add_argument("runs", nargs="+", metavar="RUN", help="run folder or checkpoint made by train.py, or GPT-2 weights: "
-                   f"a folder, a .safetensors file, or {', '.join(GPT2_NAMES)}")
+    p.add_argument("runs", nargs="+", metavar="RUN", help="run folder or checkpoint made by train.py, or GPT-2 "
+                   f"weights: a folder, a .safetensors file, or {', '.join(GPT2_NAMES)}")
     p.add_argument("--data", metavar="NAME", help="corpus folder, or its name under data/; of multi30k only the German "
                    "half is asked for; default: the one trained on")
     p.add_argument("--horizon", type=int, default=4, help="how many tokens ahead")
@@ -496,7 +549,7 @@ def parse_args():
     p.add_argument("--method", default="beam", choices=["beam", "top-k", "exact", "sample"],
                    help="beam: the most probable paths; top-k: the most probable tokens after every node, so "
                    "branches^(horizon - 1); exact: all; sample: random ones")
-    p.add_argument("--windows", type=int, default=64, help="held-out windows")
+    p.add_argument("--windows", type=int, default=256, help="held-out windows")
     p.add_argument("--positions", type=int, default=16, help="positions in each, in the second half of the context")
     p.add_argument("--exact-nodes", type=int, default=300_000, help="how many branches to spend, at each distance, on "
                    "comparing truncation with the exact answer; 0 to skip it")
@@ -536,11 +589,12 @@ def print_table(records):
     """Print the records of `measure`."""
     def percent(value):
         return f"{100 * value[0]:8.1f} ±{100 * value[1]:4.1f}"
-    print(f"\n{'':5}{'reader':17}{'top-1, %':>14}{'top-5, %':>14}{'nats':>15}{'captured, %':>15}")
+    print(f"\n{'':5}{'reader':17}{'top-1, %':>14}{'over marg.':>14}{'top-5, %':>14}{'nats':>15}{'captured, %':>14}")
     for r in records:
-        nats = f"{r['nats'][0]:9.3f} ±{r['nats'][1]:.3f}"
-        print(f"t+{r['distance']:<3}{r['reader']:17}{percent(r['top1'])}{percent(r['top5'])}{nats:>15}"
-              f" {percent(r['mass']) if 'mass' in r else ''}")
+        gain = f"{100 * r['top1_gain'][0]:+8.1f} ±{100 * r['top1_gain'][1]:4.1f}" if "top1_gain" in r else ""
+        nats = f"{r['nats'][0]:.3f} ±{r['nats'][1]:.3f}"
+        print(f"t+{r['distance']:<3}{r['reader']:17}{percent(r['top1'])}{gain:14}{percent(r['top5'])}{nats:>15}"
+              + (percent(r["mass"]) if "mass" in r else ""))
 
 
 def print_truncation(records):
@@ -573,8 +627,8 @@ def report(run, model, corpus, steps, args):
     n = sum(p.numel() for p in gpt.parameters())
     method, branches = (args.method, args.branches) if args.method != "exact" else ("top-k", None)
     print(f"\n{run}: {n / 1e6:.2f}M parameters in the backbone, offsets {model.offsets}; {corpus.folder.name}"
-          f"{', the German half' * (corpus.meta['source'] == 'multi30k')}: {len(windows)} windows x {position.shape[1]} "
-          f"positions, {args.method}{f', {branches} branches' if branches else ''}, on {device}")
+          f"{', the German half' * (corpus.meta['source'] == 'multi30k')}: {len(windows)} windows x "
+          f"{position.shape[1]} positions, {args.method}{f', {branches} branches' if branches else ''}, on {device}")
     table = measure(model, windows, position, args.horizon, unigram(corpus).to(device), branches, method,
                     args.max_nodes, args.seed)
     print_table(table)
@@ -606,7 +660,7 @@ def main():
         loaded = [(run, *load(run, args.data)) for run in args.runs]        # what is wrong is said before work starts
         for run, model, corpus, _ in loaded:
             method, k = (args.method, args.branches) if args.method != "exact" else ("top-k", None)
-            check_look_ahead(model.gpt.config, 1, args.horizon, k, method, args.max_nodes)
+            check_options(model.gpt.config, args.horizon, k, method, args.max_nodes)
             questions(corpus, model.gpt.config.block_size, args.horizon, args.windows, args.positions)
         results = dict(command=" ".join(sys.argv), environment=environment(pick_device(args.device)),
                        horizon=args.horizon, method=args.method, branches=args.branches, runs=[])

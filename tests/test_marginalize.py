@@ -198,10 +198,21 @@ def test_dropout_is_off_while_looking_ahead():
     (dict(horizon=0), "horizon must be at least 1"), (dict(horizon=12), "need a context of 17"),
     (dict(horizon=2, branches=6), "more than the vocabulary of 5"), (dict(horizon=2, branches=0), "at least 1"),
     (dict(horizon=2, method="guess"), "unknown method"), (dict(horizon=2, method="beam"), "needs a number"),
-    (dict(horizon=2, branches=4, method="beam", max_nodes=3), "at least 4"), (dict(horizon=2, max_nodes=0), "max_nodes")])
+    (dict(horizon=2, branches=4, method="beam", max_nodes=3), "at least 4"),
+    (dict(horizon=2, max_nodes=0), "max_nodes"),
+    (dict(horizon=2, position=torch.tensor([[6], [0]])), r"0\.\.5"),
+    (dict(horizon=2, position=torch.tensor([[-1], [0]])), r"0\.\.5")])
 def test_what_cannot_be_is_refused(options, words):
     with pytest.raises(InputError, match=words):
         marginalize(small_gpt(), texts(), **options)
+
+
+def test_texts_that_cannot_be_are_refused():
+    for idx in (torch.zeros(1, 0, dtype=torch.long), torch.zeros(0, 4, dtype=torch.long)):
+        with pytest.raises(InputError, match="no text"):
+            marginalize(small_gpt(), idx, 2)
+    with pytest.raises(InputError, match="another tokenizer"):
+        marginalize(small_gpt(), torch.tensor([[5]]), 2)
 
 
 def test_the_last_horizon_that_fits_the_context_works():
@@ -378,7 +389,8 @@ def test_gpt2_weights_can_be_measured_like_a_run(corpus, tmp_path):
     (["--horizon", 0], ["horizon"]), (["--horizon", 17], ["horizon of 17", "context of 32"]),
     (["--branches", 258], ["258", "vocabulary of 257"]), (["--branches", 0], ["branches"]),
     (["--method", "beam", "--branches", 64, "--max-nodes", 8], ["max_nodes"]), (["--windows", 0], ["--windows"]),
-    (["--positions", 40], ["--positions"]), (["--max-nodes", 0], ["--max-nodes"]), (["--data", "nowhere"], ["no corpus"]),
+    (["--positions", 40], ["--positions"]), (["--max-nodes", 0], ["--max-nodes"]),
+    (["--data", "nowhere"], ["no corpus"]),
     (["--device", "tpu"], ["tpu"]), (["--out", "no/such/folder/x.json"], ["--out"]), (["--out", "x.png"], ["--out"]),
     (["--exact-nodes", -1], ["--exact-nodes"]), (["--method", "magic"], ["magic"])])
 def test_bad_options_are_one_line(options, words, run_folder):
