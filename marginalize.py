@@ -132,8 +132,8 @@ class Context:
         self.h = self.read(idx, text, text, (self.slot <= text[:, None])[None])
 
     def read(self, token, place, slots, seen):
-        """Tokens (R, N) that stand at `place` in their text, into their slots (N,); seen (R, N, S) bool: which slots each
-        of them sees. -> hidden states (R, N, C)"""
+        """Tokens (R, N) that stand at `place` in their text, into their slots (N,); seen (R, N, S) bool: which slots
+        each of them sees. -> hidden states (R, N, C)"""
         return self.gpt.hidden_states(token, place, self.cache, (self.row + slots).flatten(), seen[:, None])
 
     def probs(self, h):
@@ -200,7 +200,7 @@ def look_ahead(gpt, idx, position, horizon, branches=None, method="top-k", max_n
     per_row = max(k if method == "beam" else 1, min(64, max_nodes))
     R = min(B, max(1, max_nodes // per_row))
     p = max(1, per_row // k)
-    part = k if method == "beam" else per_row // p
+    part = per_row // p
     for r in range(0, B, R):
         rows = slice(r, min(r + R, B))
         context = Context(gpt, idx[rows], horizon - 1, p * part)
@@ -481,7 +481,7 @@ def draw(results, path):
     """Accuracy by distance and, where layers were measured, by depth, as a PNG. Needs matplotlib."""
     plt = import_matplotlib()
     runs, layered = results["runs"], [run for run in results["runs"] if run["layers"]]
-    width = min(3, 1 + len(layered))
+    width = 2 if len(layered) == 3 else min(3, 1 + len(layered))
     figure, axes = plt.subplots(-(-(1 + len(layered)) // width), width, squeeze=False, layout="constrained",
                                 figsize=(5.2 * width, 4.2 * -(-(1 + len(layered)) // width)))
     axes = axes.flatten()

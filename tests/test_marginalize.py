@@ -145,7 +145,7 @@ def test_a_truncated_probability_is_a_lower_bound_and_the_missing_mass_bounds_th
 def test_the_estimate_is_unbiased_and_its_standard_error_is_its_spread():
     gpt, idx = small_gpt(), texts(1)
     exact, _ = marginalize(gpt, idx, 3)
-    found = [estimate(gpt, idx, 3, samples=8, seed=seed) for seed in range(400)]
+    found = [estimate(gpt, idx, 3, samples=3, seed=seed, max_nodes=2) for seed in range(400)]   # read in two parts
     probs, error = (torch.cat(t).double() for t in zip(*found))             # (400, V)
     assert ((probs.mean(0) - exact[0]).abs() < 4 * probs.std(0) / math.sqrt(400)).all()
     torch.testing.assert_close(error.square().mean(0).sqrt(), probs.std(0), rtol=0.15, atol=0)
