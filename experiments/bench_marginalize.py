@@ -6,8 +6,8 @@ To sum over k tokens in between, the naive way makes k texts, each the context a
 as a batch, from their starts: k * T tokens to forward for one position. marginalize.look_ahead reads the text once and
 then one token for each branch: T + k. If the positions asked about are P of the same text, the naive way pays k * T for
 each of them and the shared prefix T + P * k altogether. On hardware that is busy (a CPU, or a GPU with large batches),
-time follows the number of tokens; what the mask of a tree costs, and that a few tokens at a time are less efficient than
-a large batch, is the rest.
+time follows the number of tokens; what the mask of a tree costs, and that a few tokens at a time are less efficient
+than a large batch, is the rest.
 
 Both ways are compared number by number, then take turns; medians and the ratio are shown, and one line of JSON at the
 end.

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn as nn
 
-from conftest import assert_one_line_error, command, tiny_gpt, tiny_model
+from conftest import assert_one_line_error, command, tiny_gpt
 from data.loader import Corpus
 from data.prepare import get_tokenizer, prepare
 from marginalize import (Probe, estimate, german_half, interval, look_ahead, marginalize, measure, measure_layers,
@@ -243,13 +243,18 @@ def test_the_german_half_is_what_follows_a_tab_up_to_the_newline():
     assert german == b"Ein Hund\n"
 
 
-def test_multi30k_is_asked_only_where_all_of_the_answer_is_german(tmp_path):
-    (tmp_path / "raw").mkdir()
+@pytest.fixture(scope="module")
+def translations(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("multi30k")
     for split in ("train", "val"):
         for language, word in (("en", "dog"), ("de", "hund")):
             lines = "".join(f"{word} {i * i} {word}\n" for i in range(200))
-            (tmp_path / "raw" / f"{split}.{language}.gz").write_bytes(gzip.compress(lines.encode()))
-    corpus = Corpus(prepare("multi30k", out=tmp_path / "multi30k", local=tmp_path / "raw"))
+            (folder / f"{split}.{language}.gz").write_bytes(gzip.compress(lines.encode()))
+    return Corpus(prepare("multi30k", out=folder / "corpus", local=folder))
+
+
+def test_multi30k_is_asked_only_where_all_of_the_answer_is_german(translations):
+    corpus = translations
     windows, position = questions(corpus, 64, 3, n_windows=10, n_positions=5)
     assert windows.shape[1] == 65 and position.shape == (len(windows), 5) and position.min() >= 32
     for window, ts in zip(windows, position):
@@ -261,10 +266,10 @@ def test_multi30k_is_asked_only_where_all_of_the_answer_is_german(tmp_path):
     assert english < 1e-3 < unigram(corpus)[ord("h")]
 
 
-def test_measure_asks_the_model_its_heads_and_the_baselines_the_same_questions(corpus):
-    corpus = Corpus(corpus)
-    model = tiny_model(offsets=(1, 2, 4), vocab_size=257, block_size=32)
-    windows, position = questions(corpus, 32, 4, 3, 2)
+def test_measure_asks_the_model_its_heads_and_the_baselines_the_same_questions(corpus, run_folder):
+    corpus, (model, _) = Corpus(corpus), load_checkpoint(run_folder)
+    model.eval().offsets = (1, 2, 4)                                        # as if it had no other heads
+    windows, position = questions(corpus, 32, 4, 12, 2)
     records = measure(model, windows, position, 4, unigram(corpus), branches=8, progress=False)
     assert [(r["distance"], r["reader"]) for r in records] == [
         (1, "model"), (1, "unigram"),
@@ -272,16 +277,26 @@ def test_measure_asks_the_model_its_heads_and_the_baselines_the_same_questions(c
         (3, "marginalisation"), (3, "greedy rollout"), (3, "unigram"),
         (4, "marginalisation"), (4, "own head"), (4, "greedy rollout"), (4, "unigram")]
     found = {(r["distance"], r["reader"]): r["nats"][0] for r in records}
+    lines = {(r["distance"], r["reader"]): r for r in records}
 
-    row = torch.arange(3)[:, None]
+    row = torch.arange(12)[:, None]
     target = {d: windows[row, position + d] for d in (1, 2, 3, 4)}
 
     def nats(probs, d):
         return -(probs.gather(-1, target[d][..., None])[..., 0] / probs.sum(-1)).log().mean().item()
+
+    def right(probs, d, k):                                                 # share of targets among the best k
+        return (probs.topk(k).indices == target[d][..., None]).any(-1).double().mean().item()
     for d in (1, 2, 3, 4):
-        probs, _ = marginalize(model.gpt, windows[:, :29], d, 8, "beam", position)
+        probs, mass = marginalize(model.gpt, windows[:, :29], d, 8, "beam", position)
+        line, top1 = lines[d, "marginalisation" if d > 1 else "model"], right(probs, d, 1)
+        assert (line["top1"][0], line["top5"][0]) == (top1, right(probs, d, 5))
+        if d > 1:
+            assert line["mass"][0] == pytest.approx(mass.mean().item())
+            gain = right(unigram(corpus).expand(12, 2, -1), d, 1) - top1
+            assert lines[d, "unigram"]["top1_gain"][0] == pytest.approx(gain)
         assert found[d, "marginalisation" if d > 1 else "model"] == pytest.approx(nats(probs, d), rel=1e-4)
-        assert found[d, "unigram"] == pytest.approx(nats(unigram(corpus).expand(3, 2, -1), d), rel=1e-4)
+        assert found[d, "unigram"] == pytest.approx(nats(unigram(corpus).expand(12, 2, -1), d), rel=1e-4)
     for d in (2, 4):
         logits = model(windows[:, :29])[d][row, position]
         assert found[d, "own head"] == pytest.approx(nats(logits.softmax(-1), d), rel=1e-4)
@@ -292,7 +307,7 @@ def test_measure_asks_the_model_its_heads_and_the_baselines_the_same_questions(c
             for _ in range(2):
                 text = torch.cat([text, model.gpt(text[None])[0][0, -1].argmax()[None]])
             greedy.append(model.gpt(text[None])[0][0, -1].softmax(-1))
-    assert found[3, "greedy rollout"] == pytest.approx(nats(torch.stack(greedy).view(3, 2, -1), 3), rel=1e-4)
+    assert found[3, "greedy rollout"] == pytest.approx(nats(torch.stack(greedy).view(12, 2, -1), 3), rel=1e-4)
 
 
 def test_truncation_is_compared_with_the_exact_answer_where_it_can_be_paid_for():
@@ -346,6 +361,23 @@ def test_a_probe_of_a_distance_is_trained_on_tokens_at_that_distance(tmp_path):
     for r in measure_layers(gpt, probes, windows, position):
         if r["reader"] == "probe":
             assert r["top1"][0] > 0.6                                       # the token at the other distance: 0
+
+
+def test_a_probe_is_trained_by_a_plain_loop_and_of_multi30k_on_the_german_half_only(translations):
+    gpt, layer, distance = tiny_gpt(vocab_size=257, block_size=64), 1, 2
+    probe = train_probes(gpt, translations, steps=3, batch_size=2, lr=0.1, progress=False)[distance][layer]
+    again = Probe(32)
+    optimizer = torch.optim.Adam(again.parameters())
+    for step in range(3):
+        idx = translations.batch("train", 2, 65, step)
+        logits = again(gpt, gpt.residual_stream(idx[:, :-1])[layer])
+        losses = [-logits[b, t].log_softmax(-1)[idx[b, t + distance]] for b in range(2) for t in range(63)
+                  if german_half(idx, translations.tokenizer)[b, t + distance]]
+        optimizer.param_groups[0]["lr"] = 0.1 * (1 - step / 3)
+        for p, g in zip(again.parameters(), torch.autograd.grad(sum(losses) / len(losses), again.parameters())):
+            p.grad = g
+        optimizer.step()
+    torch.testing.assert_close(probe.affine.weight, again.affine.weight)
 
 
 # The command line
