@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data.loader import Corpus
-from marginalize import marginalize
+from marginalize import MAX_NODES, check_options, marginalize
 from model import GPT, GPTConfig, InputError
 from train import check_output, environment, load_checkpoint, one_line_errors, pick_device, write_whole
 
@@ -67,6 +67,9 @@ def bench(args):
     else:
         gpt = GPT(GPTConfig(block_size=args.context, n_layer=4, n_head=2, n_embd=96))
         idx = torch.randint(0, 257, (1, T))
+    if args.context > gpt.config.block_size:
+        raise InputError(f"the run has a context of {gpt.config.block_size}, not {args.context}")
+    check_options(gpt.config, 2, args.branches, "top-k", MAX_NODES)
     gpt, idx, rows = gpt.to(device).eval(), idx.to(device), []
     for P in tqdm(args.positions, desc="positions", leave=False, disable=None):
         position = torch.linspace(0 if P > 1 else T - 1, T - 1, P, device=device).long()[None]

@@ -36,5 +36,25 @@ def test_bad_options_are_one_line(options, word):
     assert_one_line_error(command(BENCH, *FAST, *options), word)
 
 
-def test_the_gpu_script_is_valid_shell():
-    assert subprocess.run(["bash", "-n", ROOT / "experiments" / "gpu.sh"]).returncode == 0
+def test_the_marginalisation_benchmark_compares_the_same_sums(run_folder, tmp_path):
+    result = command("experiments/bench_marginalize.py", "--run", run_folder, "--context", 32, "--branches", 8,
+                     "--positions", 1, 4, "--rounds", 1, "--device", "cpu", "--out", tmp_path / "bench.json")
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout.splitlines()[-1])
+    assert json.loads((tmp_path / "bench.json").read_text()) == found
+    assert [r["positions"] for r in found["rows"]] == [1, 4]
+    assert all(r["largest_difference"] < 1e-5 for r in found["rows"])
+
+
+@pytest.mark.parametrize("options, word", [
+    (["--positions", "0"], "at least 1"), (["--positions", "256"], "do not fit"), (["--context", "1"], "at least 2"),
+    (["--branches", "300"], "vocabulary"),
+    (["--run", "RUN", "--context", "64"], "context of 32"), (["--out", "no/such/x.json"], "--out"), (["--run", "no/such"], "checkpoint")])
+def test_bad_options_of_the_marginalisation_benchmark_are_one_line(options, word, run_folder):
+    options = [run_folder if o == "RUN" else o for o in options]
+    assert_one_line_error(command("experiments/bench_marginalize.py", "--device", "cpu", *options), word)
+
+
+@pytest.mark.parametrize("script", ["gpu.sh", "marginalize.sh"])
+def test_a_script_is_valid_shell(script):
+    assert subprocess.run(["bash", "-n", ROOT / "experiments" / script]).returncode == 0
