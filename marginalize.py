@@ -292,9 +292,9 @@ def questions(corpus, block_size, horizon, n_windows, n_positions):
         if len(found) >= n_positions:
             kept.append(window)
             position.append(found[torch.linspace(0, len(found) - 1, n_positions).long()])
-    if not kept:
-        raise InputError(f"no window of {block_size + 1} tokens has {n_positions} positions to ask at: lower "
-                         "--positions")
+    if len(kept) < 2:                                                       # one alone has no confidence interval
+        raise InputError(f"{len(kept)} of {n_windows} windows of {block_size + 1} tokens have {n_positions} positions "
+                         "to ask at, and two are needed: lower --positions or raise --windows")
     return torch.stack(kept), torch.stack(position)
 
 
@@ -315,8 +315,7 @@ def score(probs, target):
 def interval(values):
     """values (W, P) -> mean and half of its 95% confidence interval, windows being what varies independently."""
     by_window = values.double().mean(1)
-    spread = by_window.std().item() if len(by_window) > 1 else math.nan
-    return by_window.mean().item(), 1.96 * spread / math.sqrt(len(by_window))
+    return by_window.mean().item(), 1.96 * by_window.std().item() / math.sqrt(len(by_window))
 
 
 def record(rank, nats, **names):
@@ -649,11 +648,9 @@ def main():
     """Report on every model; bad input is one line and status 2."""
     args = parse_args()
     with one_line_errors("marginalize.py", memory="--max-nodes"):
-        for name in ("windows", "positions", "probe_steps", "max_nodes"):
-            if getattr(args, name) < 1:
-                raise InputError(f"--{name.replace('_', '-')} must be at least 1")
-        if not 0 <= args.exact_nodes:
-            raise InputError("--exact-nodes must not be negative")
+        for name, least in dict(windows=2, positions=1, probe_steps=1, max_nodes=1, exact_nodes=0, seed=0).items():
+            if not least <= getattr(args, name) < 2**63:
+                raise InputError(f"--{name.replace('_', '-')} must be at least {least} and below 2^63")
         if args.out and Path(args.out).suffix == ".png":
             raise InputError("--out names the JSON file; the figure is written beside it")
         check_output("out", args.out)

@@ -49,7 +49,8 @@ def test_the_marginalisation_benchmark_compares_the_same_sums(run_folder, tmp_pa
 @pytest.mark.parametrize("options, word", [
     (["--positions", "0"], "at least 1"), (["--positions", "256"], "do not fit"), (["--context", "1"], "at least 2"),
     (["--branches", "300"], "vocabulary"),
-    (["--run", "RUN", "--context", "64"], "context of 32"), (["--out", "no/such/x.json"], "--out"), (["--run", "no/such"], "checkpoint")])
+    (["--run", "RUN", "--context", "64"], "context of 32"),
+    (["--out", "no/such/x.json"], "--out"), (["--run", "no/such"], "checkpoint")])
 def test_bad_options_of_the_marginalisation_benchmark_are_one_line(options, word, run_folder):
     options = [run_folder if o == "RUN" else o for o in options]
     assert_one_line_error(command("experiments/bench_marginalize.py", "--device", "cpu", *options), word)

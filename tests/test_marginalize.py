@@ -424,7 +424,8 @@ def test_gpt2_weights_can_be_measured_like_a_run(corpus, tmp_path):
     (["--positions", 40], ["--positions"]), (["--max-nodes", 0], ["--max-nodes"]),
     (["--data", "nowhere"], ["no corpus"]),
     (["--device", "tpu"], ["tpu"]), (["--out", "no/such/folder/x.json"], ["--out"]), (["--out", "x.png"], ["--out"]),
-    (["--exact-nodes", -1], ["--exact-nodes"]), (["--method", "magic"], ["magic"])])
+    (["--exact-nodes", -1], ["--exact-nodes"]), (["--windows", 1], ["--windows"]), (["--seed", 2**63], ["--seed"]),
+    (["--method", "magic"], ["magic"])])
 def test_bad_options_are_one_line(options, words, run_folder):
     assert_one_line_error(command("marginalize.py", run_folder, *FAST, *options), *words)
 
