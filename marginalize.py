@@ -81,8 +81,8 @@ METHODS = {"top-k": every_best, "beam": best_paths, "sample": random_paths}
 class Marginal(NamedTuple):
     """The distribution of the token at one distance from each of B x P positions."""
     probs: torch.Tensor         # (B, P, V) summed over the branches followed; they sum to mass
-    mass: torch.Tensor          # (B, P) captured mass: the total probability of those branches, 1 when exact
-    error: torch.Tensor = None  # (B, P, V) standard error of probs; of Monte Carlo only
+    mass: torch.Tensor          # (B, P) captured mass: the total probability of those branches; 1 when exact or sampled
+    error: torch.Tensor = None  # (B, P, V) standard error of probs; of Monte Carlo only, NaN for a single path
 
 
 def check_options(config, horizon, branches, method, max_nodes):
@@ -97,6 +97,8 @@ def check_options(config, horizon, branches, method, max_nodes):
         raise InputError(f"branches must be at least 1, not {branches}")
     if branches is not None and branches > config.vocab_size and method != "sample":
         raise InputError(f"{branches} branches are more than the vocabulary of {config.vocab_size}")
+    if branches is not None and branches > 1_000_000:
+        raise InputError(f"{branches} random paths are too many: at most a million")
     least = branches if method == "beam" else 1                             # a beam's are compared with each other
     if max_nodes < least:
         raise InputError(f"max_nodes must be at least {least}{', the branches of the beam' * (least > 1)}, "
@@ -107,6 +109,8 @@ def check_questions(config, idx, position, horizon):
     """Raise InputError unless the tokens after `position` in the texts idx can be asked about."""
     if not idx.numel() or not position.numel():
         raise InputError("there is no text, or no position to look ahead from")
+    if len(position) != len(idx):
+        raise InputError(f"there are {len(idx)} texts but positions for {len(position)}")
     if idx.min() < 0 or idx.max() >= config.vocab_size:
         raise InputError(f"a text has a token id outside 0..{config.vocab_size - 1}; is it another tokenizer's?")
     if position.min() < 0 or position.max() >= idx.shape[1]:
@@ -174,7 +178,7 @@ def foretell(context, t, horizon, choose, part, samples=None):
     follow(0, root[:, :, None], torch.ones_like(root[:, :, :1]), (context.slot <= t[..., None])[:, :, None])
     if squares is None:
         return [Marginal(*m) for m in zip(total, mass)]
-    error = ((squares - total.square()).clamp(min=0) / max(1, samples - 1)).sqrt()  # of the mean of paths
+    error = ((squares - total.square()).clamp(min=0) / (samples - 1)).sqrt()    # of a mean of independent paths
     return [Marginal(*m) for m in zip(total, mass, error)]
 
 
@@ -195,8 +199,8 @@ def look_ahead(gpt, idx, position, horizon, branches=None, method="top-k", max_n
     gpt.eval()
     choose = partial(METHODS[method], k=k, generator=torch.Generator(idx.device).manual_seed(seed))
 
-    # One pass reads, of R texts, p positions and `part` nodes of each. Few for each text, because all of these see each
-    # other's slots, in vain; rather more texts.
+    # One pass reads, of R texts, p positions and `part` nodes of each. Few for each text, because attention is computed
+    # over the slots of all of these before most of them are masked; rather more texts.
     per_row = max(k if method == "beam" else 1, min(64, max_nodes))
     R = min(B, max(1, max_nodes // per_row))
     p = max(1, per_row // k)
@@ -273,16 +277,18 @@ def german_half(tokens, tokenizer):
 
 def counted(tokens, corpus):
     """Which tokens (..., L) of a corpus are to be predicted: all, or multi30k's German half, given the English."""
-    if corpus.meta["source"] == "multi30k":
+    if corpus.meta.get("source") == "multi30k":
         return german_half(tokens, corpus.tokenizer)
     return torch.ones_like(tokens, dtype=torch.bool)
 
 
 def questions(corpus, block_size, horizon, n_windows, n_positions):
     """Held-out windows (W, block_size + 1) and positions (W, P) in them, evenly spaced over those in the second half
-    of the context after which `horizon` tokens are to be predicted. Windows with too few of them are left out."""
+    of the context after which `horizon` tokens are to be predicted. Windows do not overlap, so there may be fewer than
+    n_windows in a corpus, and those with too few positions are left out. Raises InputError when less than 2 remain."""
     if block_size < 2 * horizon:
         raise InputError(f"a horizon of {horizon} is too far for a context of {block_size}: at most {block_size // 2}")
+    n_windows = min(n_windows, max(1, len(corpus.val) // (block_size + 1)))
     windows = corpus.windows("val", n_windows, block_size + 1)
     asked = counted(windows, corpus)[:, 1:].unfold(1, horizon, 1).all(-1)   # [w, t]: tokens t + 1 .. t + horizon
     asked[:, :block_size // 2] = False
@@ -299,7 +305,7 @@ def questions(corpus, block_size, horizon, n_windows, n_positions):
 
 
 def unigram(corpus):
-    """How often each token occurs among those to be predicted in the training half, add-one smoothed. -> (V,)"""
+    """How often each token occurs among those to be predicted in the training split, add-one smoothed. -> (V,)"""
     tokens = torch.from_numpy(np.asarray(corpus.train).astype(np.int64))
     counts = torch.bincount(tokens[counted(tokens, corpus)], minlength=corpus.vocab_size) + 1
     return counts / counts.sum()
@@ -313,7 +319,8 @@ def score(probs, target):
 
 
 def interval(values):
-    """values (W, P) -> mean and half of its 95% confidence interval, windows being what varies independently."""
+    """values (W, P) -> mean and half of its 95% confidence interval, windows being what varies independently. It is the
+    normal one, too narrow for less than some dozens of windows."""
     by_window = values.double().mean(1)
     return by_window.mean().item(), 1.96 * by_window.std().item() / math.sqrt(len(by_window))
 
@@ -334,9 +341,10 @@ def measure(model, windows, position, horizon, unigram, branches, method="beam",
         unigram            how often tokens occur: the same everywhere
 
     windows (W, L), position (W, P) as from `questions`; unigram (V,). -> list of records: distance, reader, top1, top5
-    and nats; of marginalisation also its captured mass, of the others top1_gain: top1 over marginalisation's.
+    and nats; of marginalisation also its captured mass, if truncated; of the others top1_gain: top1 minus that of
+    marginalisation.
     """
-    gpt, (W, P) = model.gpt, position.shape
+    gpt, (W, P) = model.eval().gpt, position.shape
     idx = windows[:, :int(position.max()) + 1]
     target = [windows.gather(1, position + d) for d in range(1, horizon + 1)]   # (W, P) each
     scores, mass = {}, torch.zeros(horizon, W, P)
@@ -348,8 +356,8 @@ def measure(model, windows, position, horizon, unigram, branches, method="beam",
 
     with tqdm(total=2 * W * P, desc="look ahead", unit="position", leave=False,
               disable=None if progress else True) as bar:
-        for reader, how in (("marginalisation", (branches, method)), ("greedy rollout", (1, "beam"))):
-            for rows, columns, found in look_ahead(gpt, idx, position, horizon, *how, max_nodes, seed):
+        for reader, way in (("marginalisation", (branches, method)), ("greedy rollout", (1, "beam"))):
+            for rows, columns, found in look_ahead(gpt, idx, position, horizon, *way, max_nodes, seed):
                 for d, m in enumerate(found, 1):
                     keep("model" if d == 1 else reader, d, rows, columns, m.probs)
                     if reader == "marginalisation":
@@ -369,7 +377,8 @@ def measure(model, windows, position, horizon, unigram, branches, method="beam",
                 rank, nats = scores[d, reader]
                 records.append(record(rank, nats, distance=d, reader=reader))
                 if reader == "marginalisation":
-                    records[-1]["mass"] = interval(mass[d - 1])
+                    if method != "sample":
+                        records[-1]["mass"] = interval(mass[d - 1])
                 elif d > 1:                                                 # question by question: much less noisy
                     base = scores[d, "marginalisation"][0]
                     records[-1]["top1_gain"] = interval((rank < 1).float() - (base < 1).float())
@@ -379,30 +388,31 @@ def measure(model, windows, position, horizon, unigram, branches, method="beam",
 def truncation(gpt, windows, position, horizon, nodes, max_nodes=MAX_NODES, seed=0, progress=True):
     """What truncation costs, against the exact answer, at the distances where `nodes` branches pay for it.
 
-    -> list of records: distance, questions (how many), branches k, and for top-k, beam and sample the mean total
-    variation distance to the exact distribution, half the sum of |difference|; mass: what the first two capture;
-    standard_error: half the sum of what the samples say of themselves, which E|difference| is about 0.8 of.
+    -> list of records: distance, questions (how many), k, and for top-k, beam and sample tv, the total variation
+    distance to the exact distribution (half the sum of |difference|), as [mean, half of the 95% interval]; mass: what
+    the first two capture; standard_error: half the sum of what the samples say of themselves, of which their
+    E|difference| is about 0.8.
     """
     records, (W, P), V = [], position.shape, gpt.config.vocab_size
-    affordable = [d for d in range(2, horizon + 1) if V ** (d - 1) <= nodes]
+    affordable = [d for d in range(2, horizon + 1) if 2 * V ** (d - 1) <= nodes]    # two questions at least
     ks = [k for k in (1, 4, 16, 64) if k <= min(V, max_nodes)]
     bar = tqdm(total=len(affordable) * (1 + len(ks)), desc="truncation", leave=False,
                disable=None if progress else True)
     for d in affordable:
         n = min(W * P, nodes // V ** (d - 1))
-        some = torch.linspace(0, W - 1, min(n, W)).long().to(windows.device)    # spread over windows, then positions
-        t = position[some][:, :max(1, n // W)]
+        some = torch.linspace(0, W - 1, min(n, W)).long()                   # spread over windows, then positions
+        t = position[some.to(windows.device)][:, torch.linspace(0, P - 1, max(1, n // W)).long()]
         idx = windows[some, :int(t.max()) + 1]
         exact, _ = marginalize(gpt, idx, d, position=t, max_nodes=max_nodes)
         bar.update()
         for k in ks:
-            r = dict(distance=d, questions=t.numel(), branches=k, tv={}, mass={})
+            r = dict(distance=d, questions=t.numel(), k=k, tv={}, mass={})
             for method in ("top-k", "beam"):
                 probs, mass = marginalize(gpt, idx, d, k, method, t, max_nodes)
-                r["tv"][method] = (probs / mass[..., None] - exact).abs().sum(-1).mean().item() / 2
+                r["tv"][method] = interval((probs / mass[..., None] - exact).abs().sum(-1) / 2)
                 r["mass"][method] = mass.mean().item()
             probs, error = estimate(gpt, idx, d, k, t, max_nodes, seed)
-            r["tv"]["sample"] = (probs - exact).abs().sum(-1).mean().item() / 2
+            r["tv"]["sample"] = interval((probs - exact).abs().sum(-1) / 2)
             r["standard_error"] = error.sum(-1).mean().item() / 2 if k > 1 else None
             records.append(r)
             bar.update()
@@ -415,7 +425,8 @@ def truncation(gpt, windows, position, horizon, nodes, max_nodes=MAX_NODES, seed
 
 class Probe(nn.Module):
     """A tuned lens (Belrose et al. 2023): an affine map x + A x + b of a layer's output, read by the model's own final
-    norm and unembedding. A and b are 0 at first: then it is the logit lens, whatever it is to predict."""
+    norm and unembedding. A and b are 0 at first: then it is the logit lens, whatever it is to predict. Theirs learns to
+    say what the last layer says; ours learns what the text says, so that it can be asked about t+2 as well."""
 
     def __init__(self, n_embd):
         super().__init__()
@@ -476,9 +487,8 @@ def measure_layers(gpt, probes, windows, position):
 # ---------------------------------------------------------------------------------------------------------------------
 # The figure
 
-def draw(results, path):
-    """Accuracy by distance and, where layers were measured, by depth, as a PNG. Needs matplotlib."""
-    plt = import_matplotlib()
+def draw(results, plt):
+    """Accuracy by distance and, where layers were measured, by depth. plt: matplotlib.pyplot. -> its figure"""
     runs, layered = results["runs"], [run for run in results["runs"] if run["layers"]]
     width = 2 if len(layered) == 3 else min(3, 1 + len(layered))
     figure, axes = plt.subplots(-(-(1 + len(layered)) // width), width, squeeze=False, layout="constrained",
@@ -515,16 +525,15 @@ def draw(results, path):
         axis.legend(fontsize=8, loc="upper right" if axis is axes[0] else "upper left")
     for axis in axes[1 + len(layered):]:
         axis.set_visible(False)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    return figure
 
 
 def import_matplotlib():
-    """matplotlib is an optional package, only needed for figures."""
+    """matplotlib.pyplot, or None: it is an optional package, only needed for figures."""
     try:
         import matplotlib
     except ImportError:
-        raise InputError("the figure needs matplotlib: pip install -e '.[experiments]'") from None
+        return None
     matplotlib.use("Agg")
     import matplotlib.pyplot
     return matplotlib.pyplot
@@ -548,7 +557,8 @@ def parse_args():
     p.add_argument("--method", default="beam", choices=["beam", "top-k", "exact", "sample"],
                    help="beam: the most probable paths; top-k: the most probable tokens after every node, so "
                    "branches^(horizon - 1); exact: all; sample: random ones")
-    p.add_argument("--windows", type=int, default=256, help="held-out windows")
+    p.add_argument("--windows", type=int, default=256, help="held-out windows, as far as there are so many without "
+                   "overlap; some dozens at least, for the intervals")
     p.add_argument("--positions", type=int, default=16, help="positions in each, in the second half of the context")
     p.add_argument("--exact-nodes", type=int, default=300_000, help="how many branches to spend, at each distance, on "
                    "comparing truncation with the exact answer; 0 to skip it")
@@ -558,7 +568,8 @@ def parse_args():
     p.add_argument("--max-nodes", type=int, default=MAX_NODES, help="memory bound: branches in one forward pass")
     p.add_argument("--seed", type=int, default=0, help="of random paths and of the probes' batches")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    p.add_argument("--out", metavar="FILE", help="write the results as JSON and, with matplotlib, a figure beside it")
+    p.add_argument("--out", metavar="FILE", help="write the results as JSON and, if matplotlib is there, a figure "
+                   "beside it")
     p.error = lambda message: p.exit(2, f"marginalize.py: error: {message}\n")  # one line, without the usage
     return p.parse_args()
 
@@ -573,6 +584,8 @@ def load(run, data):
     else:
         model, state = load_checkpoint(run)
         steps = state.get("step")
+    if not all(p.isfinite().all() for p in model.parameters()):
+        raise InputError(f"{run} has weights that are not finite")
     data = data or state.get("args", {}).get("data")
     if not data:
         raise InputError(f"{run} does not say what it was trained on; name a corpus with --data")
@@ -582,6 +595,11 @@ def load(run, data):
         raise InputError(f"{corpus.folder} is in {name} tokens, {corpus.vocab_size} of them; {run} knows "
                          f"{config.vocab_size}{' ' + state['tokenizer'] if 'tokenizer' in state else ''} tokens")
     return model.eval(), corpus, steps
+
+
+def how(args):
+    """The method and its number of branches as look_ahead wants them."""
+    return (args.method, args.branches) if args.method != "exact" else ("top-k", None)
 
 
 def print_table(records):
@@ -599,13 +617,13 @@ def print_table(records):
 def print_truncation(records):
     """Print the records of `truncation`."""
     if records:
-        print(f"\ntotal variation distance to the exact distribution\n{'':5}{'branches':>9}{'top-k':>8}{'captured':>10}"
-              f"{'beam':>8}{'captured':>10}{'sample':>8}{'std. error':>12}")
+        print(f"\ntotal variation distance to the exact distribution\n{'':5}{'k':>9}{'top-k':>15}{'captured':>10}"
+              f"{'beam':>15}{'captured':>10}{'sample':>15}{'std. error':>12}")
     for r in records:
-        error = "" if r["standard_error"] is None else f"{r['standard_error']:12.3f}"
-        print(f"t+{r['distance']:<3}{r['branches']:9}" + "".join(
-            f"{r['tv'][m]:8.3f}{r['mass'][m]:10.1%}" for m in ("top-k", "beam")) + f"{r['tv']['sample']:8.3f}{error}"
-            f"   {r['questions']} positions")
+        tv = {method: f"{mean:8.3f} ±{half:.3f}" for method, (mean, half) in r["tv"].items()}
+        error = "" if r["standard_error"] is None else f"{r['standard_error']:.3f}"
+        print(f"t+{r['distance']:<3}{r['k']:9}" + "".join(f"{tv[m]:>15}{r['mass'][m]:10.1%}" for m in ("top-k", "beam"))
+              + f"{tv['sample']:>15}{error:>12}   {r['questions']} positions")
 
 
 def print_layers(records):
@@ -624,9 +642,9 @@ def report(run, model, corpus, steps, args):
     windows, position = questions(corpus, gpt.config.block_size, args.horizon, args.windows, args.positions)
     windows, position = windows.to(device), position.to(device)
     n = sum(p.numel() for p in gpt.parameters())
-    method, branches = (args.method, args.branches) if args.method != "exact" else ("top-k", None)
+    method, branches = how(args)
     print(f"\n{run}: {n / 1e6:.2f}M parameters in the backbone, offsets {model.offsets}; {corpus.folder.name}"
-          f"{', the German half' * (corpus.meta['source'] == 'multi30k')}: {len(windows)} windows x "
+          f"{', the German half' * (corpus.meta.get('source') == 'multi30k')}: {len(windows)} windows x "
           f"{position.shape[1]} positions, {args.method}{f', {branches} branches' if branches else ''}, on {device}")
     table = measure(model, windows, position, args.horizon, unigram(corpus).to(device), branches, method,
                     args.max_nodes, args.seed)
@@ -639,9 +657,10 @@ def report(run, model, corpus, steps, args):
         layers = measure_layers(gpt, train_probes(gpt, corpus, distances, args.probe_steps, seed=args.seed), windows,
                                 position)
         print_layers(layers)
-    return dict(run=str(run), name=Path(run).name, parameters=n, steps=steps, data=corpus.folder.name,
-                data_sha256=corpus.meta["val_sha256"], offsets=model.offsets, windows=len(windows),
-                positions=position.shape[1], table=table, truncation=cost, layers=layers)
+    path = Path(run)
+    return dict(run=str(run), name=path.parent.name if path.is_file() else path.name, parameters=n, steps=steps,
+                data=corpus.folder.name, data_sha256=corpus.meta.get("val_sha256"), offsets=model.offsets,
+                windows=len(windows), positions=position.shape[1], table=table, truncation=cost, layers=layers)
 
 
 def main():
@@ -654,17 +673,27 @@ def main():
         if args.out and Path(args.out).suffix == ".png":
             raise InputError("--out names the JSON file; the figure is written beside it")
         check_output("out", args.out)
+        check_output("out", args.out and Path(args.out).with_suffix(".png"))
+        plt = import_matplotlib() if args.out else None
+        (method, branches), distances = how(args), args.horizon - 1
         loaded = [(run, *load(run, args.data)) for run in args.runs]        # what is wrong is said before work starts
         for run, model, corpus, _ in loaded:
-            method, k = (args.method, args.branches) if args.method != "exact" else ("top-k", None)
-            check_options(model.gpt.config, args.horizon, k, method, args.max_nodes)
-            questions(corpus, model.gpt.config.block_size, args.horizon, args.windows, args.positions)
+            check_options(model.gpt.config, args.horizon, branches, method, args.max_nodes)
+            _, position = questions(corpus, model.gpt.config.block_size, args.horizon, args.windows, args.positions)
+            k = branches or model.gpt.config.vocab_size
+            nodes = position.numel() * (k ** distances if method == "top-k" else k * distances)
+            if nodes > 10**10:
+                raise InputError(f"{args.method} at a horizon of {args.horizon} would follow {nodes:.0e} branches; lower "
+                                 "--horizon, --branches, --windows or --positions, or use --method beam")
         results = dict(command=" ".join(sys.argv), environment=environment(pick_device(args.device)),
-                       horizon=args.horizon, method=args.method, branches=args.branches, runs=[])
+                       horizon=args.horizon, method=args.method, branches=branches, runs=[])
         results["runs"] = [report(run, *rest, args) for run, *rest in loaded]
         if args.out:
             write_whole(args.out, json.dumps(results, indent=1) + "\n")
-            draw(results, Path(args.out).with_suffix(".png"))
+            if plt:
+                draw(results, plt).savefig(Path(args.out).with_suffix(".png"), dpi=110)
+            else:
+                print("no figure: it needs matplotlib, pip install -e '.[experiments]'")
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
 
 To sum over k tokens in between, the naive way makes k texts, each the context and one more token, and reads them all,
 as a batch, from their starts: k * T tokens to forward for one position. marginalize.look_ahead reads the text once and
-then one token for each branch: T + k. If the positions asked about are P of the same text, the naive way pays k * T for
-each of them and the shared prefix T + P * k altogether. On hardware that is busy (a CPU, or a GPU with large batches),
+then one token for each branch: T + k. If P positions of one text are asked about, the naive way reads k * t for each
+position t, and the shared prefix T + P * k altogether. On hardware that is busy (a CPU, or a GPU with large batches),
 time follows the number of tokens; what the mask of a tree costs, and that a few tokens at a time are less efficient
 than a large batch, is the rest.
 
@@ -35,7 +35,7 @@ def naive(gpt, idx, branches, position):
     found = []
     for t in position[0].tolist():
         text = idx[:, :t + 1]
-        weight, token = gpt(text)[0][0, -1].softmax(-1).topk(branches)      # (k,)
+        weight, token = gpt.lm_head(gpt.hidden_states(text)[0, -1]).softmax(-1).topk(branches)    # (k,)
         texts = torch.cat([text.expand(branches, -1), token[:, None]], dim=1)   # (k, t + 2)
         after = gpt.lm_head(gpt.hidden_states(texts)[:, -1]).softmax(-1)    # (k, V): logits of the last tokens only
         found.append(weight @ after)
@@ -63,6 +63,8 @@ def bench(args):
     torch.manual_seed(0)
     if args.run:
         model, state = load_checkpoint(args.run)
+        if "args" not in state:
+            raise InputError(f"{args.run} holds a model but not what train.py saves beside it")
         gpt, idx = model.gpt, Corpus(state["args"]["data"]).windows("val", 1, T)
     else:
         gpt = GPT(GPTConfig(block_size=args.context, n_layer=4, n_head=2, n_embd=96))

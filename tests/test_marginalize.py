@@ -11,7 +11,7 @@ import torch.nn as nn
 from conftest import assert_one_line_error, command, tiny_gpt
 from data.loader import Corpus
 from data.prepare import get_tokenizer, prepare
-from marginalize import (Probe, estimate, german_half, interval, look_ahead, marginalize, measure, measure_layers,
+from marginalize import (Probe, draw, estimate, german_half, interval, look_ahead, marginalize, measure, measure_layers,
                          questions, score, train_probes, truncation, unigram)
 from model import GPT, GPTConfig, InputError
 from train import load_checkpoint, save_checkpoint
@@ -152,6 +152,17 @@ def test_the_estimate_is_unbiased_and_its_standard_error_is_its_spread():
     torch.testing.assert_close(probs.sum(-1), torch.ones(400).double())
 
 
+def test_one_random_path_does_not_know_its_error():
+    assert estimate(small_gpt(), texts(), 3, samples=1)[1].isnan().all()
+
+
+def test_the_estimate_at_many_positions_is_that_of_each():
+    gpt, idx, position = small_gpt(), texts(2, 6), torch.tensor([[1, 5], [3, 4]])
+    probs, error = estimate(gpt, idx, 2, 4000, position)
+    exact, _ = marginalize(gpt, idx, 2, position=position)
+    assert probs.shape == error.shape == (2, 2, 5) and ((probs - exact).abs() < 5 * error + 1e-6).all()
+
+
 def test_the_estimate_depends_on_its_seed_only():
     gpt, idx = small_gpt(), texts()
     a, b, c = (estimate(gpt, idx, 3, 4, seed=seed)[0] for seed in (0, 0, 1))
@@ -180,6 +191,14 @@ def test_a_text_is_read_once_however_many_positions_and_branches_there_are():
     assert sum(read) == 12 + 12 * 5                                         # the text, and one token for each branch
 
 
+def test_many_texts_and_many_positions_share_a_forward_pass():
+    gpt, idx, position = small_gpt(), texts(4, 6), torch.arange(6).expand(4, 6)
+    passes = []
+    gpt.transformer.wte.register_forward_hook(lambda module, args, _: passes.append(args[0].shape))
+    marginalize(gpt, idx, 2, position=position)
+    assert passes == [(4, 6), (4, 6 * 5)]                                   # the texts; all branches of all positions
+
+
 def test_all_distances_come_from_one_look_ahead():
     gpt, idx, position = small_gpt(), texts(2, 6), torch.tensor([[2, 5], [0, 4]])
     for rows, columns, marginals in look_ahead(gpt, idx, position, 3):
@@ -200,6 +219,8 @@ def test_dropout_is_off_while_looking_ahead():
     (dict(horizon=2, method="guess"), "unknown method"), (dict(horizon=2, method="beam"), "needs a number"),
     (dict(horizon=2, branches=4, method="beam", max_nodes=3), "at least 4"),
     (dict(horizon=2, max_nodes=0), "max_nodes"),
+    (dict(horizon=2, branches=10**7, method="sample"), "at most a million"),
+    (dict(horizon=2, position=torch.tensor([[1]])), "2 texts but positions for 1"),
     (dict(horizon=2, position=torch.tensor([[6], [0]])), r"0\.\.5"),
     (dict(horizon=2, position=torch.tensor([[-1], [0]])), r"0\.\.5")])
 def test_what_cannot_be_is_refused(options, words):
@@ -234,6 +255,13 @@ def test_the_interval_treats_windows_and_not_positions_as_independent():
     mean, half = interval(windows)
     assert interval(windows.expand(4, 100)) == pytest.approx((mean, half))
     assert mean == 0.5 and half == pytest.approx(1.96 * math.sqrt(1 / 3) / 2)
+
+
+def test_windows_do_not_overlap_and_positions_are_spread_over_their_second_half(corpus):
+    corpus = Corpus(corpus)
+    windows, position = questions(corpus, 32, 4, n_windows=10_000, n_positions=3)
+    assert len(windows) == len(corpus.val) // 33
+    assert position.tolist() == [[16, 22, 28]] * len(windows)               # 28 + 4 is the last token
 
 
 def test_the_german_half_is_what_follows_a_tab_up_to_the_newline():
@@ -312,13 +340,18 @@ def test_measure_asks_the_model_its_heads_and_the_baselines_the_same_questions(c
 
 def test_truncation_is_compared_with_the_exact_answer_where_it_can_be_paid_for():
     gpt, windows = small_gpt(), texts(4, 9)
-    records = truncation(gpt, windows, torch.tensor([[3, 5]] * 4), 4, nodes=30, progress=False)
-    assert {(r["distance"], r["questions"]) for r in records} == {(2, 4), (3, 1)}   # 5 nodes each, 25 nodes, 125 nodes
-    first = records[0]
-    exact, _ = marginalize(gpt, windows, 2, position=torch.tensor([[3]] * 4))
-    probs, mass = marginalize(gpt, windows, 2, 1, position=torch.tensor([[3]] * 4))
-    expected = (probs / mass[..., None] - exact).abs().sum(-1).mean().item() / 2
-    assert first["tv"]["top-k"] == pytest.approx(expected, rel=1e-4)
+    records = truncation(gpt, windows, torch.tensor([[3, 5]] * 4), 4, nodes=110, progress=False)
+    assert {(r["distance"], r["questions"]) for r in records} == {(2, 8), (3, 4)}   # 5, 25 and 125 nodes for each
+    r, position = next(r for r in records if r["distance"] == 3 and r["k"] == 4), torch.tensor([[3]] * 4)
+    exact, _ = marginalize(gpt, windows, 3, position=position)
+    for method in ("top-k", "beam"):
+        probs, mass = marginalize(gpt, windows, 3, 4, method, position)
+        expected = (probs / mass[..., None] - exact).abs().sum(-1).mean().item() / 2
+        assert r["tv"][method][0] == pytest.approx(expected, rel=1e-4)
+        assert r["mass"][method] == pytest.approx(mass.mean().item())
+    probs, error = estimate(gpt, windows, 3, 4, position)
+    assert r["tv"]["sample"][0] == pytest.approx((probs - exact).abs().sum(-1).mean().item() / 2, rel=1e-4)
+    assert r["standard_error"] == pytest.approx(error.sum(-1).mean().item() / 2, rel=1e-4)
 
 
 # Layer by layer
@@ -328,6 +361,15 @@ def test_the_logit_lens_on_the_last_layer_is_the_model():
     stream = gpt.residual_stream(idx)
     assert len(stream) == 1 + gpt.config.n_layer
     torch.testing.assert_close(Probe(gpt.config.n_embd)(gpt, stream[-1]), gpt(idx)[0])
+
+
+def test_the_lens_reads_each_layer_with_the_final_norm_and_unembedding():
+    gpt, windows, position = small_gpt(), texts(4, 9), torch.tensor([[3, 5]] * 4)
+    records = measure_layers(gpt, {2: [Probe(32)] * 3}, windows, position)
+    for r in records:
+        logits = gpt.lm_head(gpt.transformer.ln_f(gpt.residual_stream(windows)[r["layer"]]))[:, [3, 5]]
+        nats = nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, [5, 7]].flatten())
+        assert r["nats"][0] == pytest.approx(nats.item(), rel=1e-4)
 
 
 def test_a_layers_state_is_what_the_rest_of_the_model_needs():
@@ -394,20 +436,39 @@ def test_the_command_prints_and_writes_what_it_measured(run_folder, tmp_path):
     assert found["environment"]["torch"] == torch.__version__ and "marginalize.py" in found["command"]
     run, = found["runs"]
     assert run["windows"] == 4 and len(run["layers"]) == 3 * 2 * 2 and len(run["table"]) == 4 * 4 - 2
-    assert {r["branches"] for r in run["truncation"]} == {1, 4, 16, 64}
+    assert {r["k"] for r in run["truncation"]} == {1, 4, 16, 64}
+    own = next(r for r in run["table"] if r["reader"] == "own head")        # numbers are printed in percent
+    shown = next(line for line in result.stdout.splitlines() if line.startswith("t+2  own head"))
+    assert f"{100 * own['top1'][0]:.1f} ±" in shown and f"{own['nats'][0]:.3f} ±" in shown
 
 
-def test_a_figure_is_drawn_beside_the_result(run_folder, tmp_path):
-    pytest.importorskip("matplotlib")
+def test_the_figure_shows_the_numbers_of_the_result(run_folder, tmp_path):
+    plt = pytest.importorskip("matplotlib.pyplot")
     result = command("marginalize.py", run_folder, *FAST, "--layers", "--probe-steps", 5, "--out", tmp_path / "a.json")
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "a.png").stat().st_size > 10_000
+    results = json.loads((tmp_path / "a.json").read_text())
+    by_distance, by_layer = draw(results, plt).axes
+    drawn = {h.get_label(): h[0].get_ydata().tolist() for h in by_distance.containers + by_layer.containers}
+    run, = results["runs"]
+    assert drawn["own head"] == [r["top1"][0] for r in run["table"] if r["reader"] in ("model", "own head")]
+    assert drawn["t+2, probe"] == [r["top1"][0] for r in run["layers"] if (r["distance"], r["reader"]) == (2, "probe")]
 
 
 @pytest.mark.parametrize("method", ["exact", "top-k", "sample"])
-def test_every_method_can_be_asked_for(method, run_folder):
-    result = command("marginalize.py", run_folder, *FAST, "--method", method, "--horizon", 2, "--exact-nodes", 0)
+def test_every_method_can_be_asked_for(method, run_folder, tmp_path):
+    out = tmp_path / "result.json"
+    result = command("marginalize.py", run_folder, *FAST, "--method", method, "--horizon", 2, "--exact-nodes", 0,
+                     "--out", out)
     assert result.returncode == 0, result.stderr
+    line = next(r for r in json.loads(out.read_text())["runs"][0]["table"] if r["reader"] == "marginalisation")
+    model, state = load_checkpoint(run_folder)
+    corpus = Corpus(state["args"]["data"])
+    windows, position = questions(corpus, 32, 2, 4, 2)
+    branches = None if method == "exact" else 4
+    again = measure(model, windows, position, 2, unigram(corpus), branches, "top-k" if method == "exact" else method)
+    assert line == json.loads(json.dumps(next(r for r in again if r["reader"] == "marginalisation")))
+    assert ("mass" in line) == (method != "sample")
 
 
 def test_gpt2_weights_can_be_measured_like_a_run(corpus, tmp_path):
@@ -422,12 +483,19 @@ def test_gpt2_weights_can_be_measured_like_a_run(corpus, tmp_path):
     (["--branches", 258], ["258", "vocabulary of 257"]), (["--branches", 0], ["branches"]),
     (["--method", "beam", "--branches", 64, "--max-nodes", 8], ["max_nodes"]), (["--windows", 0], ["--windows"]),
     (["--positions", 40], ["--positions"]), (["--max-nodes", 0], ["--max-nodes"]),
-    (["--data", "nowhere"], ["no corpus"]),
+    (["--data", "nowhere"], ["no corpus"]), (["--method", "exact", "--horizon", 12], ["exact", "branches"]),
     (["--device", "tpu"], ["tpu"]), (["--out", "no/such/folder/x.json"], ["--out"]), (["--out", "x.png"], ["--out"]),
     (["--exact-nodes", -1], ["--exact-nodes"]), (["--windows", 1], ["--windows"]), (["--seed", 2**63], ["--seed"]),
     (["--method", "magic"], ["magic"])])
 def test_bad_options_are_one_line(options, words, run_folder):
     assert_one_line_error(command("marginalize.py", run_folder, *FAST, *options), *words)
+
+
+def test_weights_that_are_not_finite_are_one_line(run_folder, tmp_path):
+    model, state = load_checkpoint(run_folder)
+    model.gpt.lm_head.weight.data[3, 3] = math.nan
+    save_checkpoint(tmp_path / "checkpoint.pt", model, **state)
+    assert_one_line_error(command("marginalize.py", tmp_path, *FAST), "not finite")
 
 
 def test_a_run_that_is_none_or_a_corpus_of_another_tokenizer_is_one_line(run_folder, corpus, tmp_path):
