@@ -568,8 +568,8 @@ def parse_args():
     p.add_argument("--max-nodes", type=int, default=MAX_NODES, help="memory bound: branches in one forward pass")
     p.add_argument("--seed", type=int, default=0, help="of random paths and of the probes' batches")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    p.add_argument("--out", metavar="FILE", help="write the results as JSON and, if matplotlib is there, a figure "
-                   "beside it")
+    p.add_argument("--out", metavar="FILE", help="where to write the results as JSON and, if matplotlib is there, a "
+                   "figure beside it; default: marginalize.json in the first RUN, if that is a run folder")
     p.error = lambda message: p.exit(2, f"marginalize.py: error: {message}\n")  # one line, without the usage
     return p.parse_args()
 
@@ -670,6 +670,8 @@ def main():
         for name, least in dict(windows=2, positions=1, probe_steps=1, max_nodes=1, exact_nodes=0, seed=0).items():
             if not least <= getattr(args, name) < 2**63:
                 raise InputError(f"--{name.replace('_', '-')} must be at least {least} and below 2^63")
+        if args.out is None and (Path(args.runs[0]) / "checkpoint.pt").is_file():
+            args.out = str(Path(args.runs[0]) / "marginalize.json")
         if args.out and Path(args.out).suffix == ".png":
             raise InputError("--out names the JSON file; the figure is written beside it")
         check_output("out", args.out)
@@ -683,13 +685,14 @@ def main():
             k = branches or model.gpt.config.vocab_size
             nodes = position.numel() * (k ** distances if method == "top-k" else k * distances)
             if nodes > 10**10:
-                raise InputError(f"{args.method} at a horizon of {args.horizon} would follow {nodes:.0e} branches; lower "
-                                 "--horizon, --branches, --windows or --positions, or use --method beam")
+                raise InputError(f"{args.method} at a horizon of {args.horizon} would follow {nodes:.0e} branches; "
+                                 "lower --horizon, --branches, --windows or --positions, or use --method beam")
         results = dict(command=" ".join(sys.argv), environment=environment(pick_device(args.device)),
                        horizon=args.horizon, method=args.method, branches=branches, runs=[])
         results["runs"] = [report(run, *rest, args) for run, *rest in loaded]
         if args.out:
             write_whole(args.out, json.dumps(results, indent=1) + "\n")
+            print(f"\nwritten to {args.out}")
             if plt:
                 draw(results, plt).savefig(Path(args.out).with_suffix(".png"), dpi=110)
             else:

@@ -3,6 +3,7 @@ import gzip
 import itertools
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -438,8 +439,15 @@ def test_the_command_prints_and_writes_what_it_measured(run_folder, tmp_path):
     assert run["windows"] == 4 and len(run["layers"]) == 3 * 2 * 2 and len(run["table"]) == 4 * 4 - 2
     assert {r["k"] for r in run["truncation"]} == {1, 4, 16, 64}
     own = next(r for r in run["table"] if r["reader"] == "own head")        # numbers are printed in percent
+    assert f"written to {out}" in result.stdout
     shown = next(line for line in result.stdout.splitlines() if line.startswith("t+2  own head"))
     assert f"{100 * own['top1'][0]:.1f} ±" in shown and f"{own['nats'][0]:.3f} ±" in shown
+
+
+def test_results_go_into_the_run_folder_unless_told_otherwise(run_folder, tmp_path):
+    shutil.copy(run_folder / "checkpoint.pt", tmp_path)
+    assert command("marginalize.py", tmp_path, *FAST, "--horizon", 2, "--exact-nodes", 0).returncode == 0
+    assert json.loads((tmp_path / "marginalize.json").read_text())["horizon"] == 2
 
 
 def test_the_figure_shows_the_numbers_of_the_result(run_folder, tmp_path):
