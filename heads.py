@@ -168,20 +168,24 @@ def predictions_and_targets(model, h, idx, offset):
 def joint_loss(model, idx, weights=None, backward=False, scale=1.0):
     """The loss of every offset: idx (B, T + 1) int64 -> {offset: mean cross-entropy in nats, a detached scalar}.
 
-    With backward=True it also adds the gradients of scale * sum_o weights[o] * loss_o (weights: {offset: float}, 1
-    where absent) to the parameters' .grad. It does so head by head (Gloeckle et al. 2024, section 2): a head's logits,
-    by far the largest tensors here, are made, used and freed before the next head's, so the peak holds one head's
-    however many there are. Each head leaves its gradient at the hidden states, and the trunk runs backward once with
-    their sum. The result is the gradient of the plain sum.
+    An offset whose weight is 0 is left out (weights: {offset: float}, 1 where absent). With backward=True it also adds
+    the gradients of scale * sum_o weights[o] * loss_o to the parameters' .grad, as far as they require gradients: where
+    the backbone is frozen, only to the heads'. It does so head by head (Gloeckle et al. 2024, section 2): a head's
+    logits, by far the largest tensors here, are made, used and freed before the next head's, so the peak holds one
+    head's however many there are. Each head leaves its gradient at the hidden states, and the trunk runs backward once
+    with their sum. The result is the gradient of the plain sum.
     """
     hidden = model.gpt.hidden_states(idx[:, :-1])                           # (B, T, C)
-    h = hidden.detach().requires_grad_(backward)                            # the heads' gradients meet in h.grad
+    h = hidden.detach().requires_grad_(backward and hidden.requires_grad)   # the heads' gradients meet in h.grad
     losses = {}
     for o in model.offsets:
+        weight = (weights or {}).get(o, 1.0)
+        if weight == 0:
+            continue
         loss = F.cross_entropy(*predictions_and_targets(model, h, idx, o))
-        if backward:
-            (scale * (weights or {}).get(o, 1.0) * loss).backward()
+        if backward and loss.requires_grad:
+            (scale * weight * loss).backward()
         losses[o] = loss.detach()
-    if backward:
+    if h.requires_grad:
         hidden.backward(h.grad)
     return losses

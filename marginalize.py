@@ -38,9 +38,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data.loader import Corpus
-from heads import HeadsConfig, MultiTokenGPT
-from model import GPT, GPT2_NAMES, InputError, KVCache
-from train import check_output, environment, load_checkpoint, one_line_errors, pick_device, write_whole
+from model import GPT2_NAMES, InputError, KVCache
+from train import check_output, environment, load_model, one_line_errors, pick_device, write_whole
 
 MAX_NODES = 1024                                                            # branches in one forward pass
 
@@ -577,13 +576,7 @@ def parse_args():
 def load(run, data):
     """A run of train.py or GPT-2's weights, and the corpus to measure it on. -> MultiTokenGPT, Corpus, steps or None.
     Raises InputError and CorpusError, also when the corpus is of another tokenizer."""
-    path = Path(run)
-    steps = None
-    if run in GPT2_NAMES or path.suffix in (".safetensors", ".bin") or (path / "config.json").exists():
-        model, state = MultiTokenGPT(GPT.from_pretrained(run), HeadsConfig((1,))), {}
-    else:
-        model, state = load_checkpoint(run)
-        steps = state.get("step")
+    model, state = load_model(run)
     if not all(p.isfinite().all() for p in model.parameters()):
         raise InputError(f"{run} has weights that are not finite")
     data = data or state.get("args", {}).get("data")
@@ -594,7 +587,7 @@ def load(run, data):
     if state.get("tokenizer", name) != name or config.vocab_size != corpus.vocab_size:
         raise InputError(f"{corpus.folder} is in {name} tokens, {corpus.vocab_size} of them; {run} knows "
                          f"{config.vocab_size}{' ' + state['tokenizer'] if 'tokenizer' in state else ''} tokens")
-    return model.eval(), corpus, steps
+    return model.eval(), corpus, state.get("step")
 
 
 def how(args):

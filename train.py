@@ -32,7 +32,7 @@ from tqdm import tqdm
 from data.loader import Corpus
 from data.prepare import CorpusError
 from heads import HeadsConfig, MultiTokenGPT, joint_loss, parse_offsets, predictions_and_targets
-from model import GPT, GPTConfig, InputError
+from model import GPT, GPT2_NAMES, GPTConfig, InputError
 
 
 class Diverged(Exception):
@@ -40,24 +40,53 @@ class Diverged(Exception):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The recipe
+
+CURRICULA = ("none", "forward", "reverse")
+
+
+def recipe(args, offsets, step):
+    """What a step trains: the weight of each offset's loss (0: left out), and the backbone's share of the learning rate
+    (0: frozen). All recipes of both papers are settings of this one function of the step:
+
+    backbone_lr       1: heads and backbone alike; between: differential learning rates; 0: heads on a frozen backbone
+    head_warmup       for so many steps the backbone is frozen, then both train (Mehra et al.; L-MTP, stage 1 and 2)
+    head_weight       of every head's loss against offset 1's (L-MTP's beta); head_ramp: steps in which it grows from 0
+    offset_weights    {offset: a further factor}
+    curriculum        forward: offset 1 alone first, then one more in each equal part of the run; reverse: all first,
+                      then one less (arXiv 2505.22757)
+    """
+    share = 0.0 if step < args.head_warmup else args.backbone_lr
+    ramp = min(1.0, (step + 1) / args.head_ramp) if args.head_ramp else 1.0
+    weights = {o: args.head_weight * ramp * args.offset_weights.get(o, 1.0) for o in offsets[1:]}
+    weights[1] = 1.0 if share else 0.0                                      # the backbone's own, tied unembedding
+    stage = 1 + step * len(offsets) // args.steps                           # 1 .. len(offsets)
+    active = {"none": offsets, "forward": offsets[:stage], "reverse": offsets[:len(offsets) + 1 - stage]}
+    return {o: weights[o] if o in active[args.curriculum] else 0.0 for o in offsets}, share
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Optimizers and schedule
 
 def make_optimizers(model, name, lr, weight_decay):
-    """The list of optimizers for `name`.
+    """The list of optimizers for `name`. Each of their parameter groups says whether it is of the "backbone" or of the
+    heads, in group["part"].
 
     "adamw": AdamW for everything, weight decay on matrices only. "muon": Muon (momentum made orthogonal, Jordan et
     al. 2024) for the matrices inside layers and heads, AdamW for the rest (embeddings, norms, biases); on small models
     it needs far fewer steps. match_rms_adamw scales its updates so that the same learning rate suits both.
     """
-    hidden, matrices, vectors = [], [], []
+    groups = {}                                                             # {(kind, part): parameters}
     for key, p in model.named_parameters():
         in_layer = ".h." in key or key.startswith("heads.")
-        (vectors if p.dim() < 2 else hidden if in_layer and name == "muon" else matrices).append(p)
-    optimizers = [torch.optim.AdamW([dict(params=matrices, weight_decay=weight_decay),
-                                     dict(params=vectors, weight_decay=0.0)], lr=lr, betas=(0.9, 0.95))]
-    if hidden:
-        optimizers.append(torch.optim.Muon(hidden, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
-    return optimizers
+        kind = "vectors" if p.dim() < 2 else "hidden" if in_layer and name == "muon" else "matrices"
+        groups.setdefault((kind, "backbone" if key.startswith("gpt.") else "heads"), []).append(p)
+    adamw, muon = [], []
+    for (kind, part), params in groups.items():
+        (muon if kind == "hidden" else adamw).append(
+            dict(params=params, part=part, weight_decay=0.0 if kind == "vectors" else weight_decay))
+    return [torch.optim.AdamW(adamw, lr=lr, betas=(0.9, 0.95))] + (
+        [torch.optim.Muon(muon, lr=lr, adjust_lr_fn="match_rms_adamw")] if muon else [])
 
 
 def lr_factor(step, steps, warmup, final):
@@ -111,6 +140,29 @@ def load_checkpoint(path):
     return model, state
 
 
+def load_model(path):
+    """A run or checkpoint of ours, or GPT-2's weights (a name, a folder or a file as in GPT.from_pretrained).
+    -> (MultiTokenGPT on the CPU, dict with the rest of a checkpoint's state). Raises InputError when it is neither."""
+    file = Path(path)
+    if str(path) in GPT2_NAMES or file.suffix in (".safetensors", ".bin") or (file / "config.json").exists():
+        return MultiTokenGPT(GPT.from_pretrained(path), HeadsConfig((1,))), {}
+    return load_checkpoint(path)
+
+
+def start_from(path, heads_config):
+    """A model with the backbone of `path` (see load_model), and its heads where it has the same kind for an offset; the
+    others start as they always do. -> (MultiTokenGPT, the rest of the checkpoint's state)"""
+    found, state = load_model(path)
+    model = MultiTokenGPT(found.gpt, heads_config)
+    old, new = found.heads_config, heads_config
+    if (old.kind, old.n_layer, old.own_unembedding) == (new.kind, new.n_layer, new.own_unembedding):
+        for o in set(found.offsets[1:]) & set(model.offsets[1:]):
+            model.heads[str(o)] = found.heads[str(o)]
+            if new.own_unembedding:
+                model.unembeddings[str(o)] = found.unembeddings[str(o)]
+    return model, state
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Evaluation and speed
 
@@ -156,12 +208,14 @@ def mfu(model, tokens_per_second, device):
 def compute_gradients(model, optimizers, corpus, step, args, autocast):
     """Set the step's learning rate and compute its clipped gradients over `accumulate` batches. The update itself is
     left to the caller, who may want to look first. -> {offset: mean loss} and the gradient norm, on the device."""
+    weights, share = recipe(args, model.offsets, step)
+    model.gpt.requires_grad_(share > 0)                                     # frozen: no gradient, no update, no decay
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = args.lr * lr_factor(step, args.steps, args.warmup, args.final_lr)
+            group["lr"] *= share if group["part"] == "backbone" else 1.0
         optimizer.zero_grad()
-    weights = {o: args.head_weight for o in model.offsets[1:]}
-    losses = {o: 0.0 for o in model.offsets}
+    losses = {o: 0.0 for o in model.offsets if weights[o]}
     for micro in range(args.accumulate):
         idx = corpus.batch("train", args.batch_size, model.gpt.config.block_size + 1, step * args.accumulate + micro,
                            args.seed).to(args.device, non_blocking=True)
@@ -206,14 +260,22 @@ def train(args, model=None, state=None):
     corpus = Corpus(args.data)
     torch.manual_seed(args.seed)
     if model is None:
-        config = GPTConfig(args.block_size, corpus.vocab_size, args.n_layer, args.n_head, args.n_embd, args.dropout)
-        model = MultiTokenGPT(GPT(config), HeadsConfig(args.offsets, args.head_kind, args.head_layers,
-                                                       args.own_unembedding))
+        heads_config = HeadsConfig(args.offsets, args.head_kind, args.head_layers, args.own_unembedding)
+        if args.init:
+            model, start = start_from(args.init, heads_config)
+            if start.get("tokenizer", corpus.meta["tokenizer"]) != corpus.meta["tokenizer"] or (
+                    model.gpt.config.vocab_size != corpus.vocab_size):
+                raise InputError(f"{args.init} does not know {corpus.folder}'s {corpus.vocab_size} tokens "
+                                 f"({corpus.meta['tokenizer']})")
+        else:
+            config = GPTConfig(args.block_size, corpus.vocab_size, args.n_layer, args.n_head, args.n_embd, args.dropout)
+            model = MultiTokenGPT(GPT(config), heads_config)
     model = model.to(device).train()
     windows = corpus.windows("val", args.eval_windows, model.gpt.config.block_size + 1)
     corpus.batch("train", 1, model.gpt.config.block_size + 1, step=0)       # too small a corpus fails now, not later
     optimizers = make_optimizers(model, args.optimizer, args.lr, args.weight_decay)
     first = restore(state, optimizers, corpus) if state else 0
+    ntp_before = state["ntp_before"] if state else None                     # what the backbone lost until then
     autocast = (lambda: torch.autocast(device.type, torch.bfloat16)) if args.dtype == "bfloat16" else nullcontext
     if args.compile:                                                        # one program, used by every layer
         for block in model.gpt.transformer.h:
@@ -222,7 +284,7 @@ def train(args, model=None, state=None):
     def save(step):
         save_checkpoint(out / "checkpoint.pt", model, step=step, args=vars(args), corpus=corpus.meta["train_sha256"],
                         tokenizer=corpus.meta["tokenizer"], optimizers=[o.state_dict() for o in optimizers],
-                        rng=torch.get_rng_state(),
+                        rng=torch.get_rng_state(), ntp_before=ntp_before,
                         cuda_rng=torch.cuda.get_rng_state(device) if device.type == "cuda" else None)
 
     def log(**record):
@@ -230,9 +292,13 @@ def train(args, model=None, state=None):
             f.write(json.dumps(record) + "\n")
 
     out.mkdir(parents=True, exist_ok=True)
-    if not state:
-        save(0)                                                             # from here on the run can be resumed
     trim_metrics(metrics, first if state else -1)
+    if not state:
+        if args.init:                                                       # what it costs is always measured
+            loss, accuracy = evaluate(model, windows, args.batch_size, autocast)
+            log(step=0, val_loss=loss, val_accuracy=accuracy)
+            ntp_before = loss[1]
+        save(0)                                                             # from here on the run can be resumed
     stop = []                                                               # a signal is obeyed between two steps
     handlers = {s: signal.signal(s, lambda number, _: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, offsets {model.offsets}, on {device}, "
@@ -255,7 +321,8 @@ def train(args, model=None, state=None):
                 speed, since, seen = tokens_per_step * (done - seen) / (now - since), now, done
                 utilisation = mfu(model, speed, device)
                 log(step=done, loss={o: round(l, 4) for o, l in losses.items()}, grad_norm=round(float(norm), 4),
-                    lr=optimizers[0].param_groups[0]["lr"], tokens_per_second=round(speed), mfu=utilisation)
+                    lr=args.lr * lr_factor(step, args.steps, args.warmup, args.final_lr),
+                    tokens_per_second=round(speed), mfu=utilisation)
                 bar.set_postfix_str(" ".join(f"{o}:{l:.2f}" for o, l in losses.items()) + f", {speed / 1e3:.1f}k tok/s"
                                     + (f", MFU {utilisation:.0%}" if utilisation else ""))
             for optimizer in optimizers:
@@ -266,7 +333,8 @@ def train(args, model=None, state=None):
                 loss, accuracy = evaluate(model, windows, args.batch_size, autocast)
                 log(step=done, val_loss=loss, val_accuracy=accuracy)
                 bar.write(f"step {done}, held-out nats and accuracy by offset: "
-                          + "  ".join(f"{o}: {loss[o]:.3f} {accuracy[o]:.0%}" for o in model.offsets))
+                          + "  ".join(f"{o}: {loss[o]:.3f} {accuracy[o]:.0%}" for o in model.offsets)
+                          + (f"; NTP lost {loss[1] - ntp_before:+.4f} nats against {args.init}" if args.init else ""))
                 since = time.perf_counter()
             if validate or stopping:
                 save(done)
@@ -356,13 +424,23 @@ def parse_args(argv=None):
     p.add_argument("--resume", metavar="RUN", help="go on with this run and its settings; of the other options only "
                    "--device, --compile and --no-progress count")
     p.add_argument("--overwrite", action="store_true", help="start anew where --out already holds a checkpoint")
+    p.add_argument("--init", metavar="MODEL", help="start from a run of ours or from GPT-2's weights (gpt2, a folder, "
+                   "a file): its backbone with its shape, and its heads where they fit")
     g = p.add_argument_group("heads")
     g.add_argument("--offsets", default="1,2,3,4", help="what each position predicts: 1 is the next token")
     g.add_argument("--head-kind", default="resblock", choices=["resblock", "block"],
                    help="residual blocks, or transformer layers")
     g.add_argument("--head-layers", type=int, default=1, help="layers per head")
     g.add_argument("--own-unembedding", action="store_true", help="each head trains its own copy of the unembedding")
+    g = p.add_argument_group("recipe")
+    g.add_argument("--backbone-lr", type=float, default=1.0, metavar="SHARE", help="the backbone's learning rate as a "
+                   "share of --lr: 0 freezes it, 0.1 lets it follow the heads slowly")
+    g.add_argument("--head-warmup", type=int, default=0, metavar="STEPS", help="first train the heads alone")
     g.add_argument("--head-weight", type=float, default=1.0, help="weight of each head's loss against offset 1's")
+    g.add_argument("--head-ramp", type=int, default=0, metavar="STEPS", help="let that weight grow from 0")
+    g.add_argument("--offset-weights", default="", metavar="O:W,...", help="further factors, as in 2:1,3:0.5")
+    g.add_argument("--curriculum", default="none", choices=CURRICULA, help="forward: add offsets one by one during the "
+                   "run; reverse: remove them")
     g = p.add_argument_group("model")
     g.add_argument("--n-layer", type=int, default=4, help="transformer layers")
     g.add_argument("--n-head", type=int, default=4, help="attention heads per layer")
@@ -409,6 +487,14 @@ def pick_dtype(name, device):
 def check_args(args):
     """Fill in what "auto" means here. Raises InputError for values that cannot be meant."""
     args.offsets = parse_offsets(args.offsets)
+    try:
+        args.offset_weights = {int(o): float(w) for o, w in (
+            pair.split(":") for pair in args.offset_weights.split(",") if pair)}
+    except ValueError:
+        raise InputError(f"--offset-weights is a list as in 2:1,3:0.5, not {args.offset_weights!r}") from None
+    if not set(args.offset_weights) <= set(args.offsets[1:]) or not all(
+            0 <= w < math.inf for w in args.offset_weights.values()):
+        raise InputError("--offset-weights are weights from 0 on, of offsets after 1 that the model has")
     args.compile = getattr(args, "compile", False)
     args.device = str(pick_device(getattr(args, "device", "auto")))
     args.dtype = pick_dtype(args.dtype, torch.device(args.device))
@@ -418,9 +504,13 @@ def check_args(args):
     for name in ("lr", "clip"):
         if not 0 < getattr(args, name) < math.inf:
             raise InputError(f"--{name} must be positive and finite")
-    for name, most in dict(warmup=2**63, weight_decay=1, head_weight=1e9, final_lr=1, seed=2**63 - 1).items():
+    for name, most in dict(warmup=2**63, weight_decay=1, head_weight=1e9, final_lr=1, backbone_lr=1e3,
+                           head_warmup=args.steps, head_ramp=2**63, seed=2**63 - 1).items():
         if not 0 <= getattr(args, name) <= most:
             raise InputError(f"--{name.replace('_', '-')} must be in 0..{most:g}, not {getattr(args, name)}")
+    if not any(recipe(args, args.offsets, 0)[0].values()):
+        raise InputError("the first step would train nothing: a frozen backbone needs heads, and with --curriculum "
+                         "forward it comes first")
     if not args.out or Path(args.out).exists() and not Path(args.out).is_dir():
         raise InputError(f"--out must be a folder, not {args.out!r}")
 
@@ -434,12 +524,15 @@ def main():
             model, state = load_checkpoint(args.resume)
             if "args" not in state:
                 raise InputError(f"{args.resume} holds a model but not the state of a run; it cannot be resumed")
+            unknown = vars(parse_args([])).keys() - state["args"].keys()
             now = {k: v for k, v in vars(args).items() if k in ("device", "compile", "progress")}
             out = Path(args.resume)
             args = argparse.Namespace(**{**state["args"], **now, "out": str(out if out.is_dir() else out.parent)})
             args.device = str(pick_device(args.device))
             if state["step"] >= args.steps:
                 return print(f"{args.out} is finished: {state['step']} of {args.steps} steps")
+            if unknown:
+                raise InputError(f"{args.out} was started by a train.py that did not know {', '.join(sorted(unknown))}")
         else:
             check_args(args)
             if (Path(args.out) / "checkpoint.pt").exists() and not args.overwrite:

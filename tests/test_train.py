@@ -1,5 +1,4 @@
 """Lesson 3: one loop trains all offsets, and a run can be stopped anywhere without changing its result."""
-import argparse
 import json
 import os
 import resource
@@ -13,12 +12,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from conftest import ROOT, TINY, assert_one_line_error, command, tiny_model
+from conftest import ROOT, TINY, assert_one_line_error, command, tiny_gpt, tiny_model
 from data.loader import Corpus
 from heads import joint_loss
 from model import InputError
-from train import compute_gradients, evaluate, load_checkpoint, lr_factor, make_optimizers, \
-    save_checkpoint, trim_metrics
+from train import (check_args, compute_gradients, evaluate, load_checkpoint, lr_factor, make_optimizers, parse_args,
+                   recipe, save_checkpoint, trim_metrics)
 
 
 def weights(folder):
@@ -64,6 +63,13 @@ def test_evaluation_is_the_plain_mean_over_positions():
     assert accuracy[3] == pytest.approx((logits.argmax(-1) == targets).float().mean().item())
 
 
+def settings(*options):
+    """The arguments of a training run, as train.py checks them."""
+    args = parse_args([str(o) for o in ("--device", "cpu", "--offsets", "1,3", *options)])
+    check_args(args)
+    return args
+
+
 def test_offsets_one_is_plain_next_token_training(corpus, tmp_path):
     result = command("train.py", "--data", corpus, "--out", tmp_path, "--offsets", "1", "--steps", 5, *TINY)
     assert result.returncode == 0, result.stderr
@@ -97,6 +103,118 @@ def test_every_parameter_belongs_to_exactly_one_optimizer(name):
     assert sorted(held) == sorted(id(p) for p in model.parameters())
     if name == "muon":                                                      # never embeddings: they are lookup tables
         assert id(model.gpt.lm_head.weight) not in {id(p) for g in optimizers[1].param_groups for p in g["params"]}
+
+
+# Recipes
+
+def step_by_step(model, corpus, args, first=0, last=1):
+    """Train `model` for the steps first..last-1, as train.train does. -> the losses of the last one"""
+    optimizers = make_optimizers(model, args.optimizer, args.lr, args.weight_decay)
+    for step in range(first, last):
+        losses, _ = compute_gradients(model, optimizers, Corpus(corpus), step, args, nullcontext)
+        for optimizer in optimizers:
+            optimizer.step()
+    return losses
+
+
+def changed(model, before):
+    """Which parts of a model differ from the weights `before`: a subset of {"backbone", "heads"}."""
+    return {"backbone" if k.startswith("gpt.") else "heads" for k, v in model.state_dict().items()
+            if not torch.equal(v, before[k])}
+
+
+def copy_of(model):
+    return {k: v.clone() for k, v in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("kind, own", [("resblock", False), ("resblock", True), ("block", False)])
+def test_a_frozen_backbone_keeps_every_bit_and_only_the_heads_learn(optimizer, kind, own, corpus):
+    model = tiny_model((1, 3), kind, own=own, vocab_size=257, block_size=32).train()
+    before = copy_of(model)
+    losses = step_by_step(model, corpus, settings("--backbone-lr", 0, "--optimizer", optimizer, "--batch-size", 2),
+                          last=3)
+    assert changed(model, before) == {"heads"} and losses.keys() == {3}
+    assert all(p.grad is None for p in model.gpt.parameters())              # not even computed
+
+
+def test_head_warm_up_freezes_the_backbone_first_and_then_trains_both(corpus):
+    model = tiny_model((1, 3), vocab_size=257, block_size=32).train()
+    args, before = settings("--head-warmup", 2, "--batch-size", 2, "--optimizer", "adamw"), copy_of(model)
+    step_by_step(model, corpus, args, last=2)
+    assert changed(model, before) == {"heads"}
+    step_by_step(model, corpus, args, first=2, last=3)
+    assert changed(model, before) == {"heads", "backbone"}
+
+
+def test_differential_learning_rates_scale_the_backbones_updates_only(corpus):
+    moved = {}
+    for share in (1.0, 0.25):
+        model = tiny_model((1, 3), vocab_size=257, block_size=32).train()
+        before = copy_of(model)
+        step_by_step(model, corpus, settings("--backbone-lr", share, "--batch-size", 2, "--optimizer", "adamw"))
+        moved[share] = {k: v - before[k] for k, v in model.state_dict().items()}
+    for k in moved[1.0]:
+        ratio = 0.25 if k.startswith("gpt.") else 1.0
+        torch.testing.assert_close(moved[0.25][k], ratio * moved[1.0][k], rtol=1e-2, atol=1e-6, msg=k)
+
+
+def weights_at(step, *options):
+    return recipe(settings("--steps", 90, *options), (1, 3, 5), step)[0]
+
+
+def test_the_weight_of_the_heads_can_be_constant_ramped_and_per_offset():
+    options = ("--offsets", "1,3,5", "--head-weight", 0.5, "--offset-weights", "5:0.1")
+    assert weights_at(0, *options) == {1: 1.0, 3: 0.5, 5: 0.05}
+    assert weights_at(0, *options, "--head-ramp", 10) == pytest.approx({1: 1.0, 3: 0.05, 5: 0.005})
+    assert weights_at(9, *options, "--head-ramp", 10) == weights_at(50, *options, "--head-ramp", 10) == {
+        1: 1.0, 3: 0.5, 5: 0.05}
+
+
+def test_a_curriculum_adds_or_removes_offsets_in_equal_parts_of_the_run():
+    def offsets(step, curriculum):
+        return [o for o, w in weights_at(step, "--offsets", "1,3,5", "--curriculum", curriculum).items() if w]
+    assert [offsets(step, "forward") for step in (0, 29, 30, 60, 89)] == [[1], [1], [1, 3], [1, 3, 5], [1, 3, 5]]
+    assert [offsets(step, "reverse") for step in (0, 29, 30, 60, 89)] == [[1, 3, 5], [1, 3, 5], [1, 3], [1], [1]]
+
+
+def test_an_offset_of_weight_zero_costs_nothing_and_changes_nothing(corpus):
+    model = tiny_model((1, 3), vocab_size=257, block_size=32).train()
+    calls = []
+    model.heads["3"].register_forward_hook(lambda *_: calls.append(1))
+    before = copy_of(model)
+    losses = step_by_step(model, corpus, settings("--curriculum", "forward", "--batch-size", 2, "--weight-decay", 0.5))
+    assert changed(model, before) == {"backbone"} and losses.keys() == {1} and not calls
+
+
+def test_a_run_can_start_from_another_ones_backbone_and_says_what_next_token_prediction_lost(run_folder, corpus,
+                                                                                            tmp_path):
+    out = tmp_path / "frozen"
+    result = command("train.py", "--data", corpus, "--out", out, "--init", run_folder, "--offsets", "1,2,6",
+                     "--backbone-lr", 0, "--steps", 4, *TINY)
+    assert result.returncode == 0, result.stderr
+    assert f"NTP lost +0.0000 nats against {run_folder}" in result.stdout
+    was, now = load_checkpoint(run_folder)[0], load_checkpoint(out)[0]
+    assert all(torch.equal(a, b) for a, b in zip(was.gpt.parameters(), now.gpt.parameters()))
+    validations = [r["val_loss"] for r in records(out) if "val_loss" in r]
+    assert len(validations) == 2 and validations[0]["1"] == validations[1]["1"]
+    last = [r for r in records(run_folder) if "val_loss" in r][-1]
+    assert validations[0]["2"] == pytest.approx(last["val_loss"]["2"])
+    assert validations[1]["6"] < validations[0]["6"]                        # its heads are kept, a new one learns
+    result = command("train.py", "--data", corpus, "--out", tmp_path / "joint", "--init", out, "--offsets", "1,2,6",
+                     "--lr", 0.1, "--steps", 3, *TINY)                      # the second stage: now the backbone too
+    before, after = (r["val_loss"]["1"] for r in records(tmp_path / "joint") if "val_loss" in r)
+    assert f"NTP lost {after - before:+.4f} nats" in result.stdout and after != before
+
+
+def test_a_run_can_start_from_gpt2_weights(corpus, tmp_path):
+    gpt = tiny_gpt(vocab_size=257, block_size=16)
+    gpt.save_pretrained(tmp_path / "gpt2")
+    result = command("train.py", "--data", corpus, "--out", tmp_path / "run", "--init", tmp_path / "gpt2", "--offsets",
+                     "1,2", "--backbone-lr", 0, "--steps", 2, *TINY)
+    assert result.returncode == 0, result.stderr
+    model, state = load_checkpoint(tmp_path / "run")
+    assert all(torch.equal(a, b) for a, b in zip(gpt.parameters(), model.gpt.parameters()))
 
 
 # Stopping and going on
@@ -160,8 +278,8 @@ def test_a_line_of_metrics_cut_short_by_a_crash_is_dropped_on_resuming(tmp_path)
 
 def test_one_training_step_is_the_step_of_a_loop_written_by_hand(corpus):
     # accumulate, clip, head weight, warm-up: AdamW on the mean of two batches, by hand with autograd's plain sum.
-    args = argparse.Namespace(lr=0.01, steps=10, warmup=4, final_lr=0.0, accumulate=2, batch_size=3, seed=0, clip=0.1,
-                              head_weight=0.3, device="cpu")
+    args = settings("--lr", 0.01, "--steps", 10, "--warmup", 4, "--accumulate", 2, "--batch-size", 3, "--clip", 0.1,
+                    "--head-weight", 0.3)
     ours, by_hand = (tiny_model((1, 3), vocab_size=257, block_size=32) for _ in range(2))
     data = Corpus(corpus)
     optimizers = make_optimizers(ours, "adamw", args.lr, 0.1)
@@ -290,7 +408,11 @@ def test_a_checkpoint_whose_heads_do_not_fit_is_refused(tmp_path):
     (["--head-layers", "0"], ["at least one layer"]), (["--lr", "-1"], ["--lr"]), (["--lr", "inf"], ["--lr"]),
     (["--seed", "-1"], ["--seed"]), (["--weight-decay", "-1"], ["--weight-decay"]), (["--warmup", "-5"], ["--warmup"]),
     (["--steps", "x"], ["--steps"]), (["--nonsense"], ["--nonsense"]), (["--device", "meta"], ["not available"]),
-    (["--n-embd", "1000000000", "--n-head", "1"], ["memory"])])
+    (["--n-embd", "1000000000", "--n-head", "1"], ["memory"]), (["--init", "no/such"], ["no checkpoint"]),
+    (["--offset-weights", "2"], ["2:1,3:0.5"]), (["--offset-weights", "9:1"], ["--offset-weights"]),
+    (["--offset-weights", "2:-1"], ["--offset-weights"]), (["--backbone-lr", "-1"], ["--backbone-lr"]),
+    (["--head-warmup", "999999"], ["--head-warmup"]), (["--backbone-lr", "0", "--offsets", "1"], ["train nothing"]),
+    (["--curriculum", "forward", "--head-warmup", "5"], ["train nothing"]), (["--curriculum", "up"], ["--curriculum"])])
 def test_bad_options_are_one_line(options, words, corpus, tmp_path):
     data = [] if "--data" in options else ["--data", corpus]
     assert_one_line_error(command("train.py", *data, "--out", tmp_path / "run", *TINY, *options), *words)
@@ -309,6 +431,13 @@ def test_a_run_is_never_overwritten_by_accident(run_folder, corpus):
     result = command("train.py", "--data", corpus, "--out", run_folder, *TINY)
     assert_one_line_error(result, "already holds a run", "--resume", "--overwrite")
     assert (run_folder / "checkpoint.pt").read_bytes() == before
+
+
+def test_a_run_of_an_older_train_py_is_not_resumed_but_refused(run_folder, tmp_path):
+    model, state = load_checkpoint(run_folder)
+    del state["args"]["head_ramp"]
+    save_checkpoint(tmp_path / "checkpoint.pt", model, **{**without_configs(state), "step": 30})
+    assert_one_line_error(command("train.py", "--resume", tmp_path), "did not know head_ramp")
 
 
 def test_resuming_nothing_or_on_another_corpus_is_refused(run_folder, corpus, tmp_path):
