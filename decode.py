@@ -43,7 +43,8 @@ from tqdm import tqdm
 
 from data.loader import Corpus
 from data.prepare import get_tokenizer
-from heads import ResBlockHead, check_offsets, draft_sources, leap_offsets, parse_offsets
+from heads import (BlockHead, ResBlockHead, check_offsets, draft_sources, leap_offsets, parse_offsets,
+                   weighted_hidden_states)
 from model import InputError, KVCache, block_mask
 from train import check_output, environment, load_checkpoint, one_line_errors, pick_device, write_whole
 
@@ -181,20 +182,22 @@ class Decoder:
         self.temperature, self.seed = float(temperature), int(seed) & 0xFFFFFFFF
         self.states, self.compile = {}, compile
 
-        # The heads that are used. Residual-block heads all start from the same hidden state, so their first layers are
-        # one product, C -> H * C; `deeper` holds their other layers, layer by layer.
+        # The heads that are used. Those that attend, or that read all layers, take part in reading. Other heads start
+        # from the same hidden state, so their first layers are one product, C -> H * C; `deeper` holds the others, layer
+        # by layer.
         head_offsets = offsets_of(self.tree)[1:]
         self.heads = [model.heads[str(o)] for o in head_offsets]
         self.unembeddings = [model.unembeddings[str(o)] for o in head_offsets] if model.unembeddings else None
-        self.first, self.deeper, self.attending = None, [], self.heads      # heads that attend take part in reading
-        if self.heads and isinstance(self.heads[0], ResBlockHead):
+        mixes = [model.mixes[str(o)] if model.mixes else None for o in head_offsets]
+        self.first, self.deeper, self.reading = None, [], list(zip(self.heads, mixes))
+        if self.heads and isinstance(self.heads[0], ResBlockHead) and not model.mixes:
             layers = list(zip(*(head.blocks for head in self.heads)))
             self.first = torch.nn.Linear(config.n_embd, config.n_embd * len(self.heads), device=self.device,
                                          dtype=self.dtype)
             with torch.no_grad():
                 self.first.weight.copy_(torch.cat([linear.weight for linear in layers[0]]))
                 self.first.bias.copy_(torch.cat([linear.bias for linear in layers[0]]))
-            self.deeper, self.attending = layers[1:], []
+            self.deeper, self.reading = layers[1:], []
         self.offsets = torch.tensor([1, *head_offsets], device=self.device)             # (1 + H,)
 
         # The tree as tables: N nodes, D the deepest, R ranks and W positions that its candidates are taken from.
@@ -241,7 +244,7 @@ class Decoder:
                 noise_row=torch.zeros(B, 1, **new),                         # the row that keys the sampling noise
                 steps=torch.zeros(B, **new), accepted=torch.zeros(self.D + 1, **new),
                 caches=[cache(self.config.n_layer)]
-                + [cache(len(head.blocks)) for head in self.attending])
+                + [cache(len(head.blocks) if isinstance(head, BlockHead) else 0) for head, _ in self.reading])
             s.read = compile_read(self, s) if self.compile else read
             s.step = compile_step(self, s) if self.compile else lambda: self._step(s)
             self.states[B] = s                                              # not before it is whole
@@ -290,7 +293,7 @@ class Decoder:
 
     def _step(self, s):
         """One step of all rows. Nothing in it waits for the host, and every shape is fixed."""
-        x = read(self.gpt, self.attending, s.caches, s.block, s.position, self.depth, self.visible)
+        x = read(self.gpt, self.reading, s.caches, s.block, s.position, self.depth, self.visible)
         target, guesses = self._say(s, x, s.position[:, None] + self.depth)
 
         hit = (s.block == target[:, self.parent]) | (self.depth == 0)       # (B, N): the model would say so here
@@ -376,7 +379,7 @@ class Decoder:
         x = []
         for i, part in enumerate(text.split(CHUNK, dim=1) if text.shape[1] else ()):
             s.position.fill_(i * CHUNK)
-            x.append(s.read(self.gpt, self.attending, s.caches, part.contiguous(), s.position, depth, visible))
+            x.append(s.read(self.gpt, self.reading, s.caches, part.contiguous(), s.position, depth, visible))
         return torch.cat(x, dim=1) if x else None
 
     def _clock(self):
@@ -396,7 +399,8 @@ def ready(model, dtype=None):
 def read(gpt, heads, caches, idx, start, depth, visible):
     """Read a block into the caches. Token i of idx (B, n) stands at start + depth[i] of its text, its keys and values
     go to slot start + i, and it sees all before `start` and its ancestors, visible (n, n).
-    -> (B, n, 1 + H, C): final hidden states and, of heads that attend, their outputs."""
+    heads: (head, mix) pairs, mix as in weighted_hidden_states or None. -> (B, n, 1 + H, C): final hidden states, and
+    what the heads made of them."""
     B, n = idx.shape
     S, device = caches[0].slots, idx.device
     # What lies beyond the end (padding, or a block that overshoots) goes to the last slot, which nobody ever sees.
@@ -404,8 +408,14 @@ def read(gpt, heads, caches, idx, start, depth, visible):
     slots = (slots + S * torch.arange(B, device=device)[:, None]).flatten()
     mask = block_mask(start, visible, S, caches[0].layers[0].dtype)
     position = (start[:, None] + depth).clamp(max=gpt.config.block_size - 1)
-    h = gpt.hidden_states(idx, position, caches[0], slots, mask)
-    return torch.stack([h] + [head(h, cache, slots, mask) for head, cache in zip(heads, caches[1:])], dim=2)
+    stream = gpt.residual_stream(idx, position, caches[0], slots, mask)
+    h = gpt.transformer.ln_f(stream[-1])                              # (B, n, C)
+    out = [h]
+    for (head, mix), cache in zip(heads, caches[1:]):
+        z = h if mix is None else weighted_hidden_states(
+            torch.stack([gpt.transformer.ln_f(x) for x in stream[1:]], dim=2), mix)
+        out.append(head(z, cache, slots, mask))
+    return torch.stack(out, dim=2)
 
 
 # torch.compile keeps its programs with a function's code, searches them at every call and gives up after eight. A copy
@@ -444,10 +454,10 @@ def compile_read(decoder, s):
     """`read` for chunks of prompts, one program for all decoders of a GPT whose memory has the same shapes."""
     gpt, depth = decoder.gpt, torch.arange(CHUNK, device=decoder.device)
     weights = sum(p._version for p in gpt.parameters())                     # counts changes: they may be frozen into it
-    key = weights, len(s.tokens), decoder.slots, *decoder.attending
+    key = weights, len(s.tokens), decoder.slots, *decoder.reading
     program = readers.setdefault(gpt, {}).setdefault(key, own_program(read))
     with packed_weights(gpt):
-        program(gpt, decoder.attending, s.caches, s.tokens.new_zeros(len(s.tokens), CHUNK), s.position, depth,
+        program(gpt, decoder.reading, s.caches, s.tokens.new_zeros(len(s.tokens), CHUNK), s.position, depth,
                 depth[:, None] >= depth)
     return program
 
@@ -523,7 +533,7 @@ def guess_hits(model, windows, sources, ranks=1):
     windows = windows.to(model.gpt.lm_head.weight.device)
     guess = {o: [] for o, _ in sources}
     for part in windows.split(4):                                           # logits are large: a few rows at a time
-        h = model.gpt.hidden_states(part[:, :-1])                           # (4, T, C)
+        h = model.hidden_states(part[:, :-1])                               # (4, T, ...)
         for o in guess:
             guess[o].append(model.offset_logits(h, o).topk(ranks).indices)
     guess = {o: torch.cat(parts) for o, parts in guess.items()}             # (B, T, ranks): [:, t] is about t + o

@@ -9,6 +9,7 @@ The one idea is *offsets*. From the hidden state after x_1..x_t, offset o predic
 Offset 1 is always the GPT's own unembedding; every further offset gets a head. Adding heads to a frozen GPT therefore
 never changes what it says. Read on: offsets and draft sources, the heads, the model that holds them, the joint loss.
 """
+import math
 from dataclasses import dataclass
 
 import torch
@@ -107,13 +108,22 @@ class BlockHead(nn.Module):
 KINDS = {"resblock": ResBlockHead, "block": BlockHead}
 
 
+def weighted_hidden_states(states, mix):
+    """What a head reads instead of the final hidden states (WHS; Mehra et al. 2025): the softmax(mix)-weighted sum of
+    all layers' hidden states, so that it finds what later layers no longer hold. states (..., L, C), each layer's
+    output after the final norm; mix (L,) -> (..., C)."""
+    return torch.einsum("...lc,l->...c", states, mix.softmax(0).to(states.dtype))
+
+
 @dataclass
 class HeadsConfig:
-    """Which heads a model has. own_unembedding: each head trains a copy of the unembedding instead of sharing it."""
+    """Which heads a model has. own_unembedding: each head trains a copy of the unembedding instead of sharing it. whs:
+    weighted hidden states: each head reads all layers."""
     offsets: tuple = (1, 2, 3, 4)
     kind: str = "resblock"            # "resblock" or "block"
     n_layer: int = 1                  # residual blocks or transformer layers per head
     own_unembedding: bool = False
+    whs: bool = False
 
     def __post_init__(self):
         self.offsets = check_offsets(self.offsets)
@@ -138,17 +148,36 @@ class MultiTokenGPT(nn.Module):
             for o in self.offsets[1:]:
                 self.unembeddings[str(o)] = nn.Linear(gpt.config.n_embd, gpt.config.vocab_size, bias=False)
                 self.unembeddings[str(o)].weight = nn.Parameter(gpt.lm_head.weight.detach().clone())
+        self.mixes = nn.ParameterDict()                                     # empty: every head reads the last layer
+        if heads_config.whs:
+            start = torch.zeros(gpt.config.n_layer)
+            start[-1] = math.log(max(1, gpt.config.n_layer - 1))            # half for the last layer, half for the rest
+            for o in self.offsets[1:]:
+                self.mixes[str(o)] = nn.Parameter(start.clone())
+
+    def hidden_states(self, idx):
+        """What the offsets read: (B, T) int64 -> (B, T, C), or with weighted hidden states (B, T, n_layer, C), of which
+        the last layer's are those of the GPT."""
+        if not self.mixes:
+            return self.gpt.hidden_states(idx)
+        return torch.stack([self.gpt.transformer.ln_f(x) for x in self.gpt.residual_stream(idx)[1:]], dim=2)
 
     def offset_logits(self, h, offset):
-        """What offset `offset` says: hidden states (B, T, C) -> logits (B, T, V); [:, t] is about token t + offset."""
+        """What offset `offset` says: h as from hidden_states -> logits (B, T, V); [:, t] is about token t + offset."""
         if offset == 1:
-            return self.gpt.lm_head(h)
+            return self.gpt.lm_head(h[:, :, -1] if self.mixes else h)
+        if self.mixes:
+            h = weighted_hidden_states(h, self.mixes[str(offset)])
         unembed = self.unembeddings[str(offset)] if self.unembeddings else self.gpt.lm_head
         return unembed(self.heads[str(offset)](h))
 
+    def layer_weights(self):
+        """{offset: the share of each layer in what its head reads}, of a model with weighted hidden states."""
+        return {int(o): mix.detach().float().softmax(0).tolist() for o, mix in self.mixes.items()}
+
     def forward(self, idx):
         """(B, T) int64 -> {offset: logits (B, T, V)}."""
-        h = self.gpt.hidden_states(idx)
+        h = self.hidden_states(idx)
         return {o: self.offset_logits(h, o) for o in self.offsets}
 
 
@@ -158,8 +187,8 @@ class MultiTokenGPT(nn.Module):
 def predictions_and_targets(model, h, idx, offset):
     """What one offset says beside what is right: logits (n, V) and tokens (n,), with n = B * (T - offset).
 
-    h (B, T - 1, C): hidden states of idx[:, :-1]; idx (B, T). Offset o at position t is about token t + o, so the last
-    o - 1 positions have no target.
+    h (B, T - 1, ...): model.hidden_states(idx[:, :-1]); idx (B, T). Offset o at position t is about token t + o, so the
+    last o - 1 positions have no target.
     """
     targets = idx[:, offset:]                                               # (B, T - o)
     return model.offset_logits(h[:, :targets.shape[1]], offset).flatten(0, 1), targets.flatten()
@@ -175,7 +204,7 @@ def joint_loss(model, idx, weights=None, backward=False, scale=1.0):
     head's however many there are. Each head leaves its gradient at the hidden states, and the trunk runs backward once
     with their sum. The result is the gradient of the plain sum.
     """
-    hidden = model.gpt.hidden_states(idx[:, :-1])                           # (B, T, C)
+    hidden = model.hidden_states(idx[:, :-1])                               # (B, T, C) or (B, T, n_layer, C)
     h = hidden.detach().requires_grad_(backward and hidden.requires_grad)   # the heads' gradients meet in h.grad
     losses = {}
     for o in model.offsets:

@@ -364,7 +364,7 @@ def measure(model, windows, position, horizon, unigram, branches, method="beam",
                 bar.update(m.mass.numel())
     for w in range(W):                                                      # logits of whole windows are large
         rows = slice(w, w + 1)
-        h = gpt.hidden_states(idx[rows])                                    # (1, T, C)
+        h = model.hidden_states(idx[rows])                                  # (1, T, ...)
         for d in range(1, horizon + 1):
             if d > 1 and d in model.offsets:
                 keep("own head", d, rows, slice(None), model.offset_logits(h, d)[:, position[w]].softmax(-1))

@@ -160,6 +160,8 @@ def start_from(path, heads_config):
             model.heads[str(o)] = found.heads[str(o)]
             if new.own_unembedding:
                 model.unembeddings[str(o)] = found.unembeddings[str(o)]
+            if old.whs and new.whs:
+                model.mixes[str(o)] = found.mixes[str(o)]
     return model, state
 
 
@@ -175,7 +177,7 @@ def evaluate(model, windows, batch_size, autocast=nullcontext):
     for idx in batches:
         idx = idx.to(model.gpt.lm_head.weight.device)
         with autocast():
-            h = model.gpt.hidden_states(idx[:, :-1])
+            h = model.hidden_states(idx[:, :-1])
             for o in model.offsets:
                 logits, targets = predictions_and_targets(model, h, idx, o)
                 share = len(idx) / len(windows)
@@ -183,6 +185,11 @@ def evaluate(model, windows, batch_size, autocast=nullcontext):
                 accuracy[o] += (logits.argmax(-1) == targets).float().mean().item() * share
     model.train()
     return loss, accuracy
+
+
+def bars(shares):
+    """Shares of one as little bars: [0, 0.5, 1] -> " ▄█"."""
+    return "".join(" ▁▂▃▄▅▆▇█"[round(8 * share)] for share in shares)
 
 
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "4090": 165e12, "L4": 121e12, "T4": 65e12}  # dense bf16
@@ -260,7 +267,7 @@ def train(args, model=None, state=None):
     corpus = Corpus(args.data)
     torch.manual_seed(args.seed)
     if model is None:
-        heads_config = HeadsConfig(args.offsets, args.head_kind, args.head_layers, args.own_unembedding)
+        heads_config = HeadsConfig(args.offsets, args.head_kind, args.head_layers, args.own_unembedding, args.whs)
         if args.init:
             model, start = start_from(args.init, heads_config)
             if start.get("tokenizer", corpus.meta["tokenizer"]) != corpus.meta["tokenizer"] or (
@@ -296,7 +303,7 @@ def train(args, model=None, state=None):
     if not state:
         if args.init:                                                       # what it costs is always measured
             loss, accuracy = evaluate(model, windows, args.batch_size, autocast)
-            log(step=0, val_loss=loss, val_accuracy=accuracy)
+            log(step=0, val_loss=loss, val_accuracy=accuracy, layer_weights=model.layer_weights())
             ntp_before = loss[1]
         save(0)                                                             # from here on the run can be resumed
     stop = []                                                               # a signal is obeyed between two steps
@@ -331,11 +338,14 @@ def train(args, model=None, state=None):
                 raise Diverged(f"the weights are not finite after step {done}" + advice)
             if validate:
                 loss, accuracy = evaluate(model, windows, args.batch_size, autocast)
-                log(step=done, val_loss=loss, val_accuracy=accuracy)
+                log(step=done, val_loss=loss, val_accuracy=accuracy, layer_weights=model.layer_weights())
                 bar.write(f"step {done}, held-out nats and accuracy by offset: "
                           + "  ".join(f"{o}: {loss[o]:.3f} {accuracy[o]:.0%}" for o in model.offsets)
                           + (f"; NTP lost {loss[1] - ntp_before:+.4f} nats against {args.init}" if args.init else ""))
                 since = time.perf_counter()
+                for o, shares in model.layer_weights().items():
+                    bar.write(f"  the head of offset {o} reads layers 1 to {len(shares)}: {bars(shares)}  "
+                              + " ".join(f"{share:.0%}" for share in shares))
             if validate or stopping:
                 save(done)
             if stopping:
@@ -432,6 +442,8 @@ def parse_args(argv=None):
                    help="residual blocks, or transformer layers")
     g.add_argument("--head-layers", type=int, default=1, help="layers per head")
     g.add_argument("--own-unembedding", action="store_true", help="each head trains its own copy of the unembedding")
+    g.add_argument("--whs", action="store_true", help="weighted hidden states: each head reads a learned weighted sum "
+                   "of all layers instead of the last one")
     g = p.add_argument_group("recipe")
     g.add_argument("--backbone-lr", type=float, default=1.0, metavar="SHARE", help="the backbone's learning rate as a "
                    "share of --lr: 0 freezes it, 0.1 lets it follow the heads slowly")

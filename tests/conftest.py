@@ -25,12 +25,12 @@ def tiny_gpt(seed=0, **config):
 
 
 def tiny_model(offsets=(1, 2, 3, 4, 5, 7), kind="resblock", untrained=False, seed=0, n_layer=1, own=False, gpt=None,
-               **config):
+               whs=False, **config):
     """tiny_gpt (or `gpt`) with heads: as they start (untrained), or moved at random, as training would move them."""
-    model = MultiTokenGPT(gpt or tiny_gpt(seed, **config), HeadsConfig(offsets, kind, n_layer, own))
+    model = MultiTokenGPT(gpt or tiny_gpt(seed, **config), HeadsConfig(offsets, kind, n_layer, own, whs))
     if not untrained:
         with torch.no_grad():
-            for p in [*model.heads.parameters(), *model.unembeddings.parameters()]:
+            for p in [*model.heads.parameters(), *model.unembeddings.parameters(), *model.mixes.parameters()]:
                 p.add_(0.1 * torch.randn_like(p))
     return model.eval()
 

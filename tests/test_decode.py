@@ -58,10 +58,12 @@ def reference(gpt, prompts, new_tokens, temperature=0.0, seed=0):
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("method", [*METHODS, BUSHY])
 @pytest.mark.parametrize("untrained", [False, True])
-@pytest.mark.parametrize("kind, own, n_layer", [("resblock", False, 1), ("resblock", True, 2), ("block", False, 1),
-                                                ("block", True, 2)])
-def test_every_method_emits_the_text_of_recomputing_everything(kind, own, n_layer, untrained, method, temperature):
-    model = tiny_model(kind=kind, own=own, n_layer=n_layer, untrained=untrained)
+@pytest.mark.parametrize("kind, own, n_layer, whs", [
+    ("resblock", False, 1, False), ("resblock", True, 2, False), ("block", False, 1, False), ("block", True, 2, False),
+    ("resblock", False, 2, True), ("block", True, 1, True)])
+def test_every_method_emits_the_text_of_recomputing_everything(kind, own, n_layer, whs, untrained, method,
+                                                               temperature):
+    model = tiny_model(kind=kind, own=own, n_layer=n_layer, untrained=untrained, whs=whs)
     expected = reference_text(model, temperature)
     how = dict(tree=BUSHY) if method == BUSHY else dict(offsets=method)
     got = Decoder(model, **how, temperature=temperature, seed=5).generate(PROMPTS, 30)
@@ -157,9 +159,9 @@ def test_a_shorter_maximal_length_changes_nothing_but_the_room():
 
 
 @pytest.mark.skipif(not can_compile(torch.device("cpu")), reason="torch.compile needs a C++ compiler")
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_compiled_programs_emit_the_same_text_and_are_never_compiled_again(temperature):
-    model = tiny_model(n_layer=1)
+@pytest.mark.parametrize("temperature, whs", [(0.0, False), (1.0, False), (0.0, True)])
+def test_compiled_programs_emit_the_same_text_and_are_never_compiled_again(temperature, whs):
+    model = tiny_model(n_layer=1, whs=whs)
     decoders = [[Decoder(model, tree=tree, temperature=temperature, compile=c) for c in (False, True)]
                 for tree in ((), chain(draft_sources(LEAP)), BUSHY)]
     for eager, compiled in decoders:                                        # each compiles its step, all share a reader
@@ -388,9 +390,11 @@ def test_held_out_acceptance_by_brute_force(method):
 
 
 @pytest.mark.parametrize("tree", [chain(draft_sources(LEAP)), BUSHY])
-@pytest.mark.parametrize("kind, own, n_layer", [("resblock", False, 1), ("resblock", True, 3), ("block", True, 2)])
-def test_walking_along_a_text_foretells_the_steps_of_decoding_it(tree, kind, own, n_layer):
-    model = tiny_model(kind=kind, own=own, n_layer=n_layer)
+@pytest.mark.parametrize("kind, own, n_layer, whs", [
+    ("resblock", False, 1, False), ("resblock", True, 3, False), ("block", True, 2, False),
+    ("resblock", False, 2, True), ("block", False, 1, True)])
+def test_walking_along_a_text_foretells_the_steps_of_decoding_it(tree, kind, own, n_layer, whs):
+    model = tiny_model(kind=kind, own=own, n_layer=n_layer, whs=whs)
     prompt = [1, 2, 3, 4, 5]
     first = max(node.look_back for node in tree)                            # the walk's first position, then the root
     g = Decoder(model, tree=tree).generate([prompt[:first + 2]], 40)

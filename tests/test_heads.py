@@ -102,6 +102,36 @@ def test_heads_that_cannot_be_are_refused(bad):
         HeadsConfig(**bad)
 
 
+# Weighted hidden states
+
+@pytest.mark.parametrize("kind", ["resblock", "block"])
+def test_all_weight_on_the_last_layer_is_no_weighting_at_all(kind):
+    plain, weighted = (tiny_model((1, 2, 4), kind, whs=whs, untrained=True, n_layer=2) for whs in (False, True))
+    weighted.heads.load_state_dict(plain.heads.state_dict())
+    for mix in weighted.mixes.values():
+        mix.data = torch.tensor([-1e4, 0.0])
+    idx = torch.randint(0, 31, (2, 12))
+    for o, logits in plain(idx).items():
+        torch.testing.assert_close(weighted(idx)[o], logits)
+
+
+def test_a_head_reads_the_weighted_sum_of_all_normalised_layers():
+    model, idx = tiny_model((1, 3), whs=True, n_layer=1), torch.randint(0, 31, (2, 12))
+    layers = [model.gpt.transformer.ln_f(x) for x in model.gpt.residual_stream(idx)[1:]]
+    shares = model.layer_weights()[3]
+    assert len(shares) == len(layers) == 2 and sum(shares) == pytest.approx(1)
+    z = model.heads["3"](sum(share * x for share, x in zip(shares, layers)))
+    torch.testing.assert_close(model(idx)[3], model.gpt.lm_head(z))
+    torch.testing.assert_close(model(idx)[1], model.gpt(idx)[0])            # offset 1 is the GPT, as ever
+
+
+def test_the_weighting_starts_with_half_on_the_last_layer_and_is_learned():
+    model = tiny_model((1, 3), whs=True, untrained=True)
+    assert model.layer_weights()[3] == pytest.approx([0.5, 0.5])            # of two layers
+    joint_loss(model, torch.randint(0, 31, (2, 24)), backward=True)
+    assert model.mixes["3"].grad.abs().min() > 0
+
+
 # The joint loss
 
 def plain_losses(model, idx):
@@ -128,9 +158,9 @@ def test_a_repeating_text_makes_the_shift_visible():
 
 
 @pytest.mark.parametrize("kind", ["resblock", "block"])
-@pytest.mark.parametrize("own", [False, True])
-def test_head_by_head_backward_gives_the_gradients_of_the_plain_weighted_sum(kind, own):
-    model = tiny_model(kind=kind, own=own).double()
+@pytest.mark.parametrize("own, whs", [(False, False), (True, False), (False, True)])
+def test_head_by_head_backward_gives_the_gradients_of_the_plain_weighted_sum(kind, own, whs):
+    model = tiny_model(kind=kind, own=own, whs=whs).double()
     idx, weights = torch.randint(0, 31, (2, 24)), {2: 0.3, 5: 2.0}
     joint_loss(model, idx, weights, backward=True, scale=0.25)
     head_by_head = {name: p.grad for name, p in model.named_parameters()}
