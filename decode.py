@@ -183,8 +183,8 @@ class Decoder:
         self.states, self.compile = {}, compile
 
         # The heads that are used. Those that attend, or that read all layers, take part in reading. Other heads start
-        # from the same hidden state, so their first layers are one product, C -> H * C; `deeper` holds the others, layer
-        # by layer.
+        # from the same hidden state, so their first layers are one product, C -> H * C; `deeper` holds the other ones,
+        # layer by layer.
         head_offsets = offsets_of(self.tree)[1:]
         self.heads = [model.heads[str(o)] for o in head_offsets]
         self.unembeddings = [model.unembeddings[str(o)] for o in head_offsets] if model.unembeddings else None
