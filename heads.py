@@ -7,7 +7,8 @@ The one idea is *offsets*. From the hidden state after x_1..x_t, offset o predic
     (1, 3, 5, 7)  leap MTP with stride 2: fewer heads per distance; the holes are filled by looking back
 
 Offset 1 is always the GPT's own unembedding; every further offset gets a head. Adding heads to a frozen GPT therefore
-never changes what it says. Read on: offsets and draft sources, the heads, the model that holds them, the joint loss.
+never changes what it says. Read on: offsets and draft sources, the heads, the model that holds them, the joint loss,
+heads for a server.
 """
 import math
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import Block, InputError
+from model import Block, InputError, write_pretrained
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -218,3 +219,37 @@ def joint_loss(model, idx, weights=None, backward=False, scale=1.0):
     if h.requires_grad:
         hidden.backward(h.grad)
     return losses
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Heads for a server
+
+def export_medusa(model, folder):
+    """Write the heads as a Medusa drafter, which vLLM loads beside the backbone (model.gpt.save_pretrained).
+
+    An MTP model with residual-block heads is exactly one: Medusa's head i, blocks.i and lm_heads.i, predicts the token
+    i + 2 places after the hidden state, our offset i + 2. The format is that of vLLM's models/medusa.py, our biases
+    being its medusa_fc_bias, a shared unembedding its original_lm_head.
+    Raises InputError for models that Medusa cannot be, OSError when the folder cannot be written.
+    """
+    config, gpt = model.heads_config, model.gpt
+    n = len(model.offsets)
+    if n < 2 or model.offsets != mtp_offsets(n):
+        raise InputError(f"Medusa's heads are offsets 2, 3, ... without a gap, not {model.offsets}: servers do not "
+                         "look back yet, so leap heads cannot be exported")
+    if config.kind != "resblock" or config.whs:
+        raise InputError("Medusa's heads are residual blocks that read the last layer; "
+                         + ("these read all layers" if config.whs else f"these are of kind {config.kind!r}"))
+    tensors = {}
+    for i, o in enumerate(model.offsets[1:]):
+        for j, linear in enumerate(model.heads[str(o)].blocks):
+            tensors[f"blocks.{i}.layers.{j}.weight"] = linear.weight
+            tensors[f"blocks.{i}.layers.{j}.bias"] = linear.bias
+        if config.own_unembedding or i == 0:
+            unembed = model.unembeddings[str(o)] if config.own_unembedding else gpt.lm_head
+            tensors[f"lm_heads.{i}.weight"] = unembed.weight
+    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    write_pretrained(folder, tensors, dict(
+        architectures=["MedusaModel"], model_type="medusa", hidden_size=gpt.config.n_embd,
+        vocab_size=gpt.config.vocab_size, num_heads=n - 1, num_hidden_layers=config.n_layer, medusa_fc_bias=True,
+        original_lm_head=not config.own_unembedding))

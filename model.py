@@ -226,7 +226,6 @@ class GPT(nn.Module):
 
     def save_pretrained(self, folder):
         """Write config.json and model.safetensors so that transformers' GPT2LMHeadModel.from_pretrained opens them."""
-        save_file = import_safetensors().save_file
         config = self.config
         tensors = {}
         for key, p in self.state_dict().items():
@@ -240,19 +239,7 @@ class GPT(nn.Module):
             n_layer=config.n_layer, n_head=config.n_head, layer_norm_epsilon=1e-5, tie_word_embeddings=True,
             attn_pdrop=config.dropout, embd_pdrop=config.dropout, resid_pdrop=config.dropout,
             bos_token_id=config.vocab_size - 1, eos_token_id=config.vocab_size - 1)
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        names = ("model.safetensors", "config.json")
-        parts = [folder / f"{name}.part" for name in names]
-        try:                                                                # both are whole before either is in place
-            save_file(tensors, parts[0], metadata={"format": "pt"})
-            parts[1].write_text(json.dumps(hf_config, indent=2) + "\n")
-            for name, part in zip(names, parts):
-                os.replace(part, folder / name)
-        except Exception as error:                                          # safetensors has an error of its own
-            for part in parts:
-                part.unlink(missing_ok=True)
-            raise OSError(f"cannot save the model to {folder}: {error}") from None
+        write_pretrained(folder, tensors, hf_config)
 
 
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
@@ -309,6 +296,24 @@ def read_tensors(path):
     except Exception as error:                                              # both libraries raise many kinds
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"{path} cannot be read as weights (damaged, or not a weights file): {reason}") from None
+
+
+def write_pretrained(folder, tensors, config):
+    """Write tensors {name: tensor} and a config, as model.safetensors and config.json; both are whole before either is
+    in place. Raises OSError when that fails."""
+    folder, save_file = Path(folder), import_safetensors().save_file
+    names = ("model.safetensors", "config.json")
+    parts = [folder / f"{name}.part" for name in names]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, parts[0], metadata={"format": "pt"})
+        parts[1].write_text(json.dumps(config, indent=2) + "\n")
+        for name, part in zip(names, parts):
+            os.replace(part, folder / name)
+    except Exception as error:                                              # safetensors has an error of its own
+        for part in parts:
+            part.unlink(missing_ok=True)
+        raise OSError(f"cannot save the model to {folder}: {error}") from None
 
 
 def import_safetensors():

@@ -1,14 +1,18 @@
 """Lesson 2: what an offset is, where a draft comes from, and how several losses share one backward pass."""
 import gc
+import json
 import weakref
 
 import pytest
+import safetensors.torch
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import tiny_gpt, tiny_model
-from heads import HeadsConfig, MultiTokenGPT, draft_sources, joint_loss, leap_offsets, mtp_offsets, parse_offsets
+from heads import (HeadsConfig, MultiTokenGPT, draft_sources, export_medusa, joint_loss, leap_offsets, mtp_offsets,
+                   parse_offsets)
 from model import InputError
 
 
@@ -199,3 +203,49 @@ def peak_logits(n_offsets):
 
 def test_peak_memory_holds_one_heads_logits_however_many_heads_there_are():
     assert peak_logits(8) == peak_logits(2) > 0
+
+
+# Heads for a server
+
+class MedusaAsVllmReadsIt(nn.Module):
+    """The parameters that vLLM's Medusa model has for a config.json, under their names, and what it computes."""
+
+    def __init__(self, config):
+        super().__init__()
+        C, V, n = config["hidden_size"], config["vocab_size"], config["num_heads"]
+        assert config["model_type"] == "medusa" and config["architectures"] == ["MedusaModel"]
+        self.blocks = nn.ModuleList([nn.ModuleDict({"layers": nn.ModuleList(
+            [nn.Linear(C, C, bias=config["medusa_fc_bias"]) for _ in range(config["num_hidden_layers"])])})
+            for _ in range(n)])
+        self.shared = config["original_lm_head"]                            # then only the first is in the file
+        self.lm_heads = nn.ModuleList([nn.Linear(C, V, bias=False) for _ in range(1 if self.shared else n)])
+
+    def forward(self, h):
+        for i, block in enumerate(self.blocks):
+            x = h
+            for layer in block["layers"]:
+                x = x + nn.functional.silu(layer(x))
+            yield self.lm_heads[0 if self.shared else i](x)
+
+
+@pytest.mark.parametrize("own, n_layer", [(False, 1), (True, 1), (False, 2)])
+def test_exported_heads_are_the_medusa_drafter_of_the_backbone(own, n_layer, tmp_path):
+    model, idx = tiny_model((1, 2, 3, 4), own=own, n_layer=n_layer), torch.randint(0, 31, (2, 12))
+    export_medusa(model, tmp_path / "medusa")
+    config = json.loads((tmp_path / "medusa" / "config.json").read_text())
+    medusa = MedusaAsVllmReadsIt(config)
+    tensors = safetensors.torch.load_file(tmp_path / "medusa" / "model.safetensors")
+    medusa.load_state_dict(tensors)                                         # strict: the same names and shapes
+    # vLLM's reader renames all that looks like a number of heads or layers, so there must be one of each.
+    assert [k for k in config if "num" in k] == ["num_heads", "num_hidden_layers"] and config["num_heads"] == 3
+    for offset, logits in zip((2, 3, 4), medusa(model.gpt.hidden_states(idx))):
+        torch.testing.assert_close(logits, model(idx)[offset])
+
+
+@pytest.mark.parametrize("options, words", [
+    (dict(offsets=(1, 3, 5)), "look back"), (dict(offsets=(1,)), "without a gap"),
+    (dict(offsets=(1, 2), kind="block"), "residual blocks"), (dict(offsets=(1, 2), whs=True), "all layers")])
+def test_heads_that_no_medusa_server_can_run_are_refused(options, words, tmp_path):
+    with pytest.raises(InputError, match=words):
+        export_medusa(tiny_model(**options), tmp_path / "medusa")
+    assert not (tmp_path / "medusa").exists()
