@@ -1,15 +1,18 @@
-"""One training loop: a GPT from scratch, alone (offsets 1) or together with multi-token heads.
+"""One training loop for every recipe: a GPT from scratch, with multi-token heads or without, or heads on a GPT.
 
     python data/prepare.py python
     python train.py --data data/python --offsets 1,2,3,4 --out runs/mtp
     python train.py --resume runs/mtp          # after Ctrl-C, a crash or a power cut
+    python train.py --init runs/ntp --offsets 1,2,3,4 --backbone-lr 0 --out runs/heads     # a frozen backbone
 
-The loop is the usual one (batch, loss, clip, step) around heads.joint_loss. What it adds is that a run can be
-stopped anywhere: batches are a function of (seed, step), checkpoints hold all other state and are written atomically,
-so a run that was killed and resumed ends with the same weights, bit for bit on a CPU, as one that was not.
+The loop is the usual one (batch, loss, clip, step) around heads.joint_loss. How the papers' recipes differ, in what
+counts how much at which step, is one function, `recipe`. And a run can be stopped anywhere: batches are a function of
+(seed, step), checkpoints hold all other state and are written atomically, so a run that was killed and resumed ends
+with the same weights, bit for bit on a CPU, as one that was not.
 
 A run folder holds checkpoint.pt and metrics.jsonl (one JSON object per line: training losses and validation results).
-Read: optimizers and schedule, checkpoints, evaluation, the loop, what all command lines share, the command line.
+Read: the recipe, optimizers and schedule, checkpoints, evaluation, the loop, what all command lines share, the command
+line.
 """
 import argparse
 import datetime
@@ -427,8 +430,9 @@ def parse_args(argv=None):
     """The command line as a namespace."""
     p = argparse.ArgumentParser(
         prog="train.py", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        description="Train a GPT from scratch: next-token only (--offsets 1), with MTP heads (1,2,3,4), leap heads "
-                    "(1,3,5,7) or any other offsets. Ctrl-C saves and stops; --resume RUN goes on.")
+        description="Train a GPT from scratch, or heads on one that exists (--init): next-token only (--offsets 1), "
+                    "MTP heads (1,2,3,4), leap heads (1,3,5,7) or any other offsets. Ctrl-C saves and stops; --resume "
+                    "RUN goes on.")
     p.add_argument("--data", default="data/python", help="corpus folder made by data/prepare.py")
     p.add_argument("--out", default="runs/new", help="run folder: checkpoint.pt and metrics.jsonl")
     p.add_argument("--resume", metavar="RUN", help="go on with this run and its settings; of the other options only "
@@ -453,7 +457,7 @@ def parse_args(argv=None):
     g.add_argument("--offset-weights", default="", metavar="O:W,...", help="further factors, as in 2:1,3:0.5")
     g.add_argument("--curriculum", default="none", choices=CURRICULA, help="forward: add offsets one by one during the "
                    "run; reverse: remove them")
-    g = p.add_argument_group("model")
+    g = p.add_argument_group("model", "of a GPT from scratch; --init brings its own")
     g.add_argument("--n-layer", type=int, default=4, help="transformer layers")
     g.add_argument("--n-head", type=int, default=4, help="attention heads per layer")
     g.add_argument("--n-embd", type=int, default=128, help="width")

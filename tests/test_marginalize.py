@@ -242,6 +242,18 @@ def test_the_last_horizon_that_fits_the_context_works():
     torch.testing.assert_close(marginalize(gpt, idx, 11)[0][0], brute_force(gpt, idx[0], 11))
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("branches, method", [(None, "top-k"), (3, "beam")])
+def test_a_gpu_gives_the_same_marginals(branches, method):
+    gpt, idx = small_gpt(), texts()
+    expected, _ = marginalize(gpt, idx, 3, branches, method)
+    found, _ = marginalize(gpt.cuda(), idx.cuda(), 3, branches, method)
+    torch.testing.assert_close(found.cpu(), expected, rtol=1e-3, atol=1e-4)
+    probs, error = estimate(gpt, idx.cuda(), 3, 2000)
+    assert ((probs - marginalize(gpt, idx.cuda(), 3)[0]).abs() < 5 * error + 1e-4).all()
+
+
 # Measuring
 
 def test_the_score_of_a_prediction_is_the_rank_and_the_log_probability_of_the_right_token():
