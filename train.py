@@ -11,8 +11,10 @@ counts how much at which step, is one function, `recipe`. And a run can be stopp
 with the same weights, bit for bit on a CPU, as one that was not.
 
 A run folder holds checkpoint.pt and metrics.jsonl (one JSON object per line: training losses and validation results).
-Read: the recipe, optimizers and schedule, checkpoints, evaluation, the loop, what all command lines share, the command
-line.
+torchrun --nproc_per_node N train.py ... shares every batch among N processes, one for each GPU; it is the same run.
+
+Read: the recipe, optimizers and schedule, checkpoints, evaluation, several processes, the loop, what all command lines
+share, the command line.
 """
 import argparse
 import datetime
@@ -29,6 +31,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
@@ -213,7 +216,60 @@ def mfu(model, tokens_per_second, device):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Several processes: each takes its share of every batch, and gradients are averaged before the update. PyTorch's
+# DistributedDataParallel would do that during *the* backward pass; joint_loss makes one for every head, so there is one
+# all-reduce at the end of them instead, of everything at once.
+
+def process():
+    """This process's rank and how many there are: (0, 1) unless torchrun has started several."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def average(tensors):
+    """Replace tensors (of one dtype and device) by their means over all processes, with one all-reduce."""
+    if process()[1] > 1:
+        flat = torch.cat([t.flatten() for t in tensors])
+        dist.all_reduce(flat)
+        flat /= process()[1]
+        for t, mean in zip(tensors, flat.split([t.numel() for t in tensors])):
+            t.copy_(mean.view_as(t))
+
+
+def asked_to_stop(stop, device):
+    """Whether any process has been sent a signal."""
+    asked = torch.tensor(float(bool(stop)), device=device)
+    average([asked])
+    return asked.item() > 0
+
+
+@contextmanager
+def processes(device):
+    """Join the processes that torchrun has started, if it has, for the time of the body."""
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if several:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    yield
+    if several:
+        dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The loop
+
+def make_model(args, corpus):
+    """The model that a run starts with: from args.init, or from scratch. Raises InputError."""
+    heads_config = HeadsConfig(args.offsets, args.head_kind, args.head_layers, args.own_unembedding, args.whs)
+    if not args.init:
+        return MultiTokenGPT(GPT(GPTConfig(args.block_size, corpus.vocab_size, args.n_layer, args.n_head, args.n_embd,
+                                           args.dropout)), heads_config)
+    model, state = start_from(args.init, heads_config)
+    name = corpus.meta["tokenizer"]
+    if state.get("tokenizer", name) != name or model.gpt.config.vocab_size != corpus.vocab_size:
+        raise InputError(f"{args.init} does not know {corpus.folder}'s {corpus.vocab_size} tokens ({name})")
+    return model
+
 
 def compute_gradients(model, optimizers, corpus, step, args, autocast):
     """Set the step's learning rate and compute its clipped gradients over `accumulate` batches. The update itself is
@@ -225,13 +281,14 @@ def compute_gradients(model, optimizers, corpus, step, args, autocast):
             group["lr"] = args.lr * lr_factor(step, args.steps, args.warmup, args.final_lr)
             group["lr"] *= share if group["part"] == "backbone" else 1.0
         optimizer.zero_grad()
-    losses = {o: 0.0 for o in model.offsets if weights[o]}
+    losses, (rank, world) = {o: 0.0 for o in model.offsets if weights[o]}, process()
     for micro in range(args.accumulate):
         idx = corpus.batch("train", args.batch_size, model.gpt.config.block_size + 1, step * args.accumulate + micro,
-                           args.seed).to(args.device, non_blocking=True)
+                           args.seed)[rank::world].to(args.device, non_blocking=True)
         with autocast():
             part = joint_loss(model, idx, weights, backward=True, scale=1 / args.accumulate)
         losses = {o: losses[o] + part[o] / args.accumulate for o in part}
+    average([p.grad for p in model.parameters() if p.grad is not None] + list(losses.values()))
     return losses, torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
 
 
@@ -267,42 +324,43 @@ def train(args, model=None, state=None):
     when saving fails, KeyboardInterrupt after Ctrl-C (once a checkpoint is saved).
     """
     device, out, metrics = torch.device(args.device), Path(args.out), Path(args.out) / "metrics.jsonl"
-    corpus = Corpus(args.data)
+    corpus, (rank, world) = Corpus(args.data), process()
+    if args.batch_size % world:
+        raise InputError(f"--batch-size {args.batch_size} cannot be shared by {world} processes")
     torch.manual_seed(args.seed)
-    if model is None:
-        heads_config = HeadsConfig(args.offsets, args.head_kind, args.head_layers, args.own_unembedding, args.whs)
-        if args.init:
-            model, start = start_from(args.init, heads_config)
-            if start.get("tokenizer", corpus.meta["tokenizer"]) != corpus.meta["tokenizer"] or (
-                    model.gpt.config.vocab_size != corpus.vocab_size):
-                raise InputError(f"{args.init} does not know {corpus.folder}'s {corpus.vocab_size} tokens "
-                                 f"({corpus.meta['tokenizer']})")
-        else:
-            config = GPTConfig(args.block_size, corpus.vocab_size, args.n_layer, args.n_head, args.n_embd, args.dropout)
-            model = MultiTokenGPT(GPT(config), heads_config)
-    model = model.to(device).train()
+    model = (model or make_model(args, corpus)).to(device).train()
     windows = corpus.windows("val", args.eval_windows, model.gpt.config.block_size + 1)
     corpus.batch("train", 1, model.gpt.config.block_size + 1, step=0)       # too small a corpus fails now, not later
     optimizers = make_optimizers(model, args.optimizer, args.lr, args.weight_decay)
     first = restore(state, optimizers, corpus) if state else 0
+    if rank:                                                                # every process drops out other units
+        torch.manual_seed(args.seed + 1_000_003 * (first * world + rank))
     ntp_before = state["ntp_before"] if state else None                     # what the backbone lost until then
     autocast = (lambda: torch.autocast(device.type, torch.bfloat16)) if args.dtype == "bfloat16" else nullcontext
     if args.compile:                                                        # one program, used by every layer
         for block in model.gpt.transformer.h:
             block.compile()
 
-    def save(step):
-        save_checkpoint(out / "checkpoint.pt", model, step=step, args=vars(args), corpus=corpus.meta["train_sha256"],
-                        tokenizer=corpus.meta["tokenizer"], optimizers=[o.state_dict() for o in optimizers],
-                        rng=torch.get_rng_state(), ntp_before=ntp_before,
-                        cuda_rng=torch.cuda.get_rng_state(device) if device.type == "cuda" else None)
+    def save(step):                                                         # the first process speaks for all
+        if rank == 0:
+            save_checkpoint(
+                out / "checkpoint.pt", model, step=step, args=vars(args), corpus=corpus.meta["train_sha256"],
+                tokenizer=corpus.meta["tokenizer"], optimizers=[o.state_dict() for o in optimizers],
+                rng=torch.get_rng_state(), ntp_before=ntp_before,
+                cuda_rng=torch.cuda.get_rng_state(device) if device.type == "cuda" else None)
 
     def log(**record):
-        with open(metrics, "a") as f:
-            f.write(json.dumps(record) + "\n")
+        if rank == 0:
+            with open(metrics, "a") as f:
+                f.write(json.dumps(record) + "\n")
+
+    def say(text):
+        if rank == 0:
+            tqdm.write(text)
 
     out.mkdir(parents=True, exist_ok=True)
-    trim_metrics(metrics, first if state else -1)
+    if rank == 0:
+        trim_metrics(metrics, first if state else -1)
     if not state:
         if args.init:                                                       # what it costs is always measured
             loss, accuracy = evaluate(model, windows, args.batch_size, autocast)
@@ -311,10 +369,10 @@ def train(args, model=None, state=None):
         save(0)                                                             # from here on the run can be resumed
     stop = []                                                               # a signal is obeyed between two steps
     handlers = {s: signal.signal(s, lambda number, _: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, offsets {model.offsets}, on {device}, "
-          f"{args.dtype}; run folder {out}")
+    say(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, offsets {model.offsets}, on {device}, "
+        f"{args.dtype}{f', {world} processes' * (world > 1)}; run folder {out}")
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, unit="step", dynamic_ncols=True,
-               disable=None if args.progress else True)
+               disable=None if args.progress and rank == 0 else True)
     tokens_per_step = args.batch_size * args.accumulate * model.gpt.config.block_size
     since, seen = time.perf_counter(), first
     advice = f": lower --lr or raise --warmup. {out / 'checkpoint.pt'} of an earlier step stands"
@@ -323,13 +381,16 @@ def train(args, model=None, state=None):
             losses, norm = compute_gradients(model, optimizers, corpus, step, args, autocast)
             done, stopping = step + 1, bool(stop)
             validate = done == args.steps or done % args.eval_every == 0
-            if validate or stopping or done % args.log_every == 0:          # look: the only wait for the device
+            look = validate or done % args.log_every == 0
+            if world > 1:                                                   # stop together, at a step where all look
+                stopping = look and asked_to_stop(stop, device)
+            if look or stopping:                                            # the only wait for the device
                 losses = {o: float(l) for o, l in losses.items()}
                 if not math.isfinite(norm + sum(losses.values())):
                     raise Diverged(f"the loss is not finite at step {done}" + advice)
                 now = time.perf_counter()
                 speed, since, seen = tokens_per_step * (done - seen) / (now - since), now, done
-                utilisation = mfu(model, speed, device)
+                utilisation = mfu(model, speed / world, device)
                 log(step=done, loss={o: round(l, 4) for o, l in losses.items()}, grad_norm=round(float(norm), 4),
                     lr=args.lr * lr_factor(step, args.steps, args.warmup, args.final_lr),
                     tokens_per_second=round(speed), mfu=utilisation)
@@ -342,13 +403,13 @@ def train(args, model=None, state=None):
             if validate:
                 loss, accuracy = evaluate(model, windows, args.batch_size, autocast)
                 log(step=done, val_loss=loss, val_accuracy=accuracy, layer_weights=model.layer_weights())
-                bar.write(f"step {done}, held-out nats and accuracy by offset: "
-                          + "  ".join(f"{o}: {loss[o]:.3f} {accuracy[o]:.0%}" for o in model.offsets)
-                          + (f"; NTP lost {loss[1] - ntp_before:+.4f} nats against {args.init}" if args.init else ""))
+                say(f"step {done}, held-out nats and accuracy by offset: "
+                    + "  ".join(f"{o}: {loss[o]:.3f} {accuracy[o]:.0%}" for o in model.offsets)
+                    + (f"; NTP lost {loss[1] - ntp_before:+.4f} nats against {args.init}" if args.init else ""))
                 since = time.perf_counter()
                 for o, shares in model.layer_weights().items():
-                    bar.write(f"  the head of offset {o} reads layers 1 to {len(shares)}: {bars(shares)}  "
-                              + " ".join(f"{share:.0%}" for share in shares))
+                    say(f"  the head of offset {o} reads layers 1 to {len(shares)}: {bars(shares)}  "
+                        + " ".join(f"{share:.0%}" for share in shares))
             if validate or stopping:
                 save(done)
             if stopping:
@@ -365,6 +426,8 @@ def train(args, model=None, state=None):
 
 def pick_device(name):
     """"auto", "cpu", "cuda", "cuda:1", "mps" -> torch.device. Raises InputError when it is not there."""
+    if name in ("auto", "cuda") and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+        name = f"cuda:{os.environ['LOCAL_RANK']}"                           # torchrun: a device for each process
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -419,7 +482,8 @@ def one_line_errors(script, memory):
         message, status = str(error) or "stopped", 130
     else:
         return
-    print(message, file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":                                  # of several processes one speaks
+        print(message, file=sys.stderr)
     sys.exit(status)
 
 
@@ -465,7 +529,7 @@ def parse_args(argv=None):
     g.add_argument("--dropout", type=float, default=0.0, help="dropout rate")
     g = p.add_argument_group("optimization")
     g.add_argument("--steps", type=int, default=2000, help="optimizer steps")
-    g.add_argument("--batch-size", type=int, default=8, help="sequences per forward pass")
+    g.add_argument("--batch-size", type=int, default=8, help="sequences per forward pass, of all processes together")
     g.add_argument("--accumulate", type=int, default=1, help="forward passes per optimizer step")
     g.add_argument("--optimizer", default="muon", choices=["muon", "adamw"],
                    help="muon: Muon for hidden matrices, AdamW for the rest")
@@ -553,8 +617,10 @@ def main():
             check_args(args)
             if (Path(args.out) / "checkpoint.pt").exists() and not args.overwrite:
                 raise InputError(f"{args.out} already holds a run: --resume {args.out}, --overwrite, or another --out")
-        train(args, model, state)
-        print(f"done: python decode.py {args.out}")
+        with processes(torch.device(args.device)):
+            train(args, model, state)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"done: python decode.py {args.out}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -101,6 +102,8 @@ def test_every_parameter_belongs_to_exactly_one_optimizer(name):
     optimizers = make_optimizers(model, name, 1e-3, 0.1)
     held = [id(p) for o in optimizers for group in o.param_groups for p in group["params"]]
     assert sorted(held) == sorted(id(p) for p in model.parameters())
+    decayed = {id(p) for o in optimizers for g in o.param_groups for p in g["params"] if g["weight_decay"]}
+    assert decayed == {id(p) for p in model.parameters() if p.dim() == 2}   # never norms and biases
     if name == "muon":                                                      # never embeddings: they are lookup tables
         assert id(model.gpt.lm_head.weight) not in {id(p) for g in optimizers[1].param_groups for p in g["params"]}
 
@@ -396,6 +399,73 @@ def test_a_checkpoint_whose_heads_do_not_fit_is_refused(tmp_path):
     torch.save(state, tmp_path / "checkpoint.pt")
     with pytest.raises(InputError, match="not a checkpoint of this train.py"):
         load_checkpoint(tmp_path)
+
+
+# Several processes
+
+def torchrun(*arguments):
+    return command("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, *arguments)
+
+
+def losses_of(folder):
+    """The loss of every offset at every step that was logged."""
+    return {r["step"]: r["loss"] for r in records(folder) if "loss" in r}
+
+
+@pytest.fixture(scope="module")
+def one_and_two(corpus, tmp_path_factory):
+    """The same run by one process and by two."""
+    folder = tmp_path_factory.mktemp("processes")
+    options = ["train.py", "--data", corpus, "--offsets", "1,2,4", "--head-kind", "block", "--head-warmup", 2,
+               "--steps", 8, *TINY, "--optimizer", "adamw", "--lr", 1e-3, "--accumulate", 2, "--log-every", 1]
+    for run, result in ((folder / "one", command(*options, "--out", folder / "one")),
+                        (folder / "two", torchrun(*options, "--out", folder / "two"))):
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.count(f"done: python decode.py {run}") == 1    # one process speaks
+    return folder / "one", folder / "two"
+
+
+def assert_same_curve(a, b):
+    a, b = losses_of(a), losses_of(b)
+    assert a.keys() == b.keys() and len(a) >= 8
+    for step, losses in a.items():
+        assert b[step] == pytest.approx(losses, rel=1e-3), step
+
+
+def test_two_processes_are_one_run(one_and_two):
+    assert_same_curve(*one_and_two)
+
+
+def test_one_process_goes_on_where_two_stopped_and_two_where_one_did(one_and_two, tmp_path):
+    ends = []
+    for folder, resume in zip(one_and_two, (torchrun, command)):
+        model, state = load_checkpoint(folder)
+        state["args"].update(steps=12, out=str(tmp_path / folder.name))     # as if it had been stopped at step 8
+        (tmp_path / folder.name).mkdir()
+        shutil.copy(folder / "metrics.jsonl", tmp_path / folder.name)
+        save_checkpoint(tmp_path / folder.name / "checkpoint.pt", model, **without_configs(state))
+        result = resume("train.py", "--resume", tmp_path / folder.name, "--no-progress")
+        assert result.returncode == 0, result.stderr
+        ends.append(tmp_path / folder.name)
+    assert_same_curve(*ends)
+    assert max(losses_of(ends[0])) == 12
+
+
+def test_each_process_reads_its_share_and_gradients_travel_in_one_piece(corpus, monkeypatch):
+    calls, read = [], []
+    monkeypatch.setattr("train.process", lambda: (0, 2))
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda t: calls.append(t.numel()))
+    model = tiny_model((1, 2, 3, 4), "block", vocab_size=257, block_size=32)
+    model.gpt.transformer.wte.register_forward_hook(lambda module, args, _: read.append(len(args[0])))
+    compute_gradients(model, make_optimizers(model, "adamw", 1e-3, 0.1), Corpus(corpus), 0,
+                      settings("--offsets", "1,2,3,4", "--batch-size", 6, "--accumulate", 2), nullcontext)
+    assert read == [3, 3]
+    assert calls == [sum(p.numel() for p in model.parameters()) + 4]        # and the four losses
+
+
+def test_a_batch_that_cannot_be_shared_is_one_line(corpus, tmp_path):
+    result = torchrun("train.py", "--data", corpus, "--out", tmp_path / "run", *TINY, "--batch-size", 3)
+    assert result.returncode != 0 and result.stderr.count("--batch-size 3 cannot be shared by 2 processes") == 1
 
 
 # Bad input: one line on stderr, status 2, nothing lost
