@@ -15,10 +15,10 @@ import torch.nn.functional as F
 
 from conftest import ROOT, TINY, assert_one_line_error, command, tiny_gpt, tiny_model
 from data.loader import Corpus
-from heads import joint_loss
+from heads import HeadsConfig, MultiTokenGPT, joint_loss
 from model import InputError
 from train import (check_args, compute_gradients, evaluate, load_checkpoint, lr_factor, make_optimizers, parse_args,
-                   recipe, save_checkpoint, trim_metrics)
+                   recipe, save_checkpoint, start_from, trim_metrics)
 
 
 def weights(folder):
@@ -208,6 +208,30 @@ def test_a_run_can_start_from_another_ones_backbone_and_says_what_next_token_pre
                      "--lr", 0.1, "--steps", 3, *TINY)                      # the second stage: now the backbone too
     before, after = (r["val_loss"]["1"] for r in records(tmp_path / "joint") if "val_loss" in r)
     assert f"NTP lost {after - before:+.4f} nats" in result.stdout and after != before
+
+
+def test_a_resumed_run_still_knows_what_next_token_prediction_had_been(run_folder, corpus, tmp_path):
+    out = tmp_path / "frozen"
+    command("train.py", "--data", corpus, "--out", out, "--init", run_folder, "--backbone-lr", 0, "--steps", 2, *TINY)
+    model, state = load_checkpoint(out)
+    state["args"]["steps"] = 4                                              # as if it had been stopped half-way
+    save_checkpoint(out / "checkpoint.pt", model, **without_configs(state))
+    assert "NTP lost +0.0000 nats" in command("train.py", "--resume", out, "--no-progress").stdout
+
+
+@pytest.mark.parametrize("now, kept", [
+    (HeadsConfig((1, 2, 6), own_unembedding=True, whs=True), {2}), (HeadsConfig((1, 2, 3), "block"), set()),
+    (HeadsConfig((1, 2, 3), n_layer=2, own_unembedding=True), set()), (HeadsConfig((1, 2, 3), whs=True), set())])
+def test_a_start_keeps_the_backbone_and_the_heads_that_fit(now, kept, tmp_path):
+    was = tiny_model((1, 2, 3), own=True, whs=True)
+    save_checkpoint(tmp_path / "checkpoint.pt", was)
+    model, _ = start_from(tmp_path, now)
+    fresh = MultiTokenGPT(was.gpt, now).state_dict()
+    for key, value in model.state_dict().items():
+        part, *rest = key.split(".")
+        old = part == "gpt" or int(rest[0]) in kept
+        assert torch.equal(value, was.state_dict()[key] if old else fresh[key]) or part == "heads" and not old, key
+    model(torch.randint(0, 31, (1, 5)))                                     # and all parts fit together
 
 
 def test_a_run_can_start_from_gpt2_weights(corpus, tmp_path):
