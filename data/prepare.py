@@ -252,7 +252,8 @@ def is_whole(folder, wanted):
 
 
 def write_corpus(folder, splits, tokenizer, meta):
-    """Encode `splits` into `folder`, replacing the corpus there, and return all of meta.json.
+    """Encode `splits` into `folder`, replacing the corpus there, and return all of meta.json. A document is a str, or
+    an array of token ids, which may be text that no str can hold.
 
     All is written beside `folder` and renamed at the end: an interruption leaves the old corpus or the new
     one, and a training run that has mapped the old one keeps it.
@@ -270,11 +271,12 @@ def write_corpus(folder, splits, tokenizer, meta):
                     total=sum(map(len, documents)), unit="char", unit_scale=True, desc=split,
                     disable=None) as bar:
                 for text in documents:
-                    ids = np.concatenate([encode(tokenizer, text), end_of_text])
+                    ids = encode(tokenizer, text) if isinstance(text, str) else text
+                    ids = np.concatenate([ids, end_of_text]).astype("<u2")
                     file.write(ids.tobytes())
                     digest.update(ids.tobytes())
                     tokens += len(ids)
-                    size += len(text.encode())
+                    size += len(text.encode() if isinstance(text, str) else tokenizer.decode_bytes(text.tolist()))
                     bar.update(len(text))
             meta.update({f"{split}_documents": len(documents), f"{split}_tokens": tokens,
                          f"{split}_bytes": size, f"{split}_sha256": digest.hexdigest()})
