@@ -426,7 +426,7 @@ def train(args, model=None, state=None):
 
 def pick_device(name):
     """"auto", "cpu", "cuda", "cuda:1", "mps" -> torch.device. Raises InputError when it is not there."""
-    if name in ("auto", "cuda") and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+    if (name == "auto" or name.startswith("cuda")) and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
         name = f"cuda:{os.environ['LOCAL_RANK']}"                           # torchrun: a device for each process
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -471,18 +471,18 @@ def one_line_errors(script, memory):
     try:
         yield
     except (InputError, CorpusError, OSError) as error:
-        message, status = f"{script}: error: {error}", 2
+        message, status, same = f"{script}: error: {error}", 2, True
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
-        message, status = f"{script}: error: not enough memory; lower {memory}", 2
+        message, status, same = f"{script}: error: not enough memory; lower {memory}", 2, False
     except Diverged as error:
-        message, status = f"{script}: {error}", 1
+        message, status, same = f"{script}: {error}", 1, True
     except KeyboardInterrupt as error:
-        message, status = str(error) or "stopped", 130
+        message, status, same = str(error) or "stopped", 130, True
     else:
         return
-    if os.environ.get("RANK", "0") == "0":                                  # of several processes one speaks
+    if not same or os.environ.get("RANK", "0") == "0":                      # what all processes find, one says
         print(message, file=sys.stderr)
     sys.exit(status)
 
