@@ -16,6 +16,7 @@ mkdir -p "$RESULTS"
     --n-layer 6 --n-head 6 --n-embd 384 --steps 3000 --device cuda
 "$PY" decode.py runs/gpu --device cuda --calibrate --out "$RESULTS/decode_cuda_float32.json"
 "$PY" decode.py runs/gpu --device cuda --dtype bfloat16 --out "$RESULTS/decode_cuda_bfloat16.json"
+"$PY" experiments/bench_train.py --device cuda --out "$RESULTS/bench_train_cuda.json"
 "$PY" experiments/bench_marginalize.py --run runs/gpu --device cuda --out "$RESULTS/bench_marginalize_cuda.json"
 "$PY" marginalize.py runs/gpu --device cuda --max-nodes 16384 --out "$RESULTS/marginalize_cuda.json"
 for size in toy 124M 1.5B; do                                               # one by one, so that each is kept
