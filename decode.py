@@ -1078,6 +1078,8 @@ def main():
         folder = Path(args.write_corpus or "no-folder")
         if args.write_corpus and folder.exists() and not (folder.is_dir() and set(os.listdir(folder)) <= CORPUS_FILES):
             raise InputError(f"--write-corpus {folder} exists and is not a corpus; choose another folder")
+        if args.write_corpus:
+            folder.parent.mkdir(parents=True, exist_ok=True)                # what cannot be written fails now
         for name in ("tokens", "prompts", "prompt_tokens", "batch_size", "rounds", "tree_nodes"):
             if getattr(args, name, None) is not None and getattr(args, name) < 1:
                 raise InputError(f"--{name.replace('_', '-')} must be at least 1")
