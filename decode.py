@@ -953,7 +953,7 @@ def parse_args():
     p.add_argument("--out", metavar="FILE", help="also write the table as JSON")
     p.add_argument("--write-corpus", metavar="FOLDER", help="compare nothing, but write text that the model generates "
                    "itself (at --temperature, continuing the corpus's training split) as a corpus to train heads on")
-    p.add_argument("--tokens", type=int, default=1_000_000, help="how much of it, about; generated in batches of 32 or more")
+    p.add_argument("--tokens", type=int, default=1_000_000, help="how much of it, about; in batches of 32 or more")
     p.error = lambda message: p.exit(2, f"decode.py: error: {message}\n")   # one line, without the usage
     return p.parse_args()
 
