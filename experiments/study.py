@@ -1,0 +1,539 @@
+"""The study: both papers' claims, tried on models small enough to train here.
+
+    python experiments/study.py --quick                 # everything within 25 minutes on 2 CPU cores
+    python experiments/study.py                         # the same, larger, for one large GPU
+    python experiments/study.py --only adapt leap       # some of its parts
+    python experiments/findings.py --size quick         # figures and README table from the results, again
+
+A part of the study asks a few questions of one paper. It consists of *pieces*: a run of train.py, or a measurement of
+one. Pieces are functions of their arguments; what one found is kept in a file of the study's folder, so the study can
+be stopped (Ctrl-C, kill -9) and continued, and two parts share what both need. Pieces run side by side, a core for
+each; those that measure time run at the end and alone.
+
+Every row of every table is trained three times, with other initial weights and other batches (the seed), and what is
+compared is compared seed by seed. A part ends as experiments/results/study_SIZE_PART.json.
+
+Read: the sizes, pieces, what pieces do, the parts, the command line.
+"""
+import argparse
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Callable, NamedTuple
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import train
+from data.loader import Corpus
+from data.prepare import prepare
+from decode import calibrate, chain, compare, held_out_records, write_corpus_of_its_own
+from heads import HeadsConfig, MultiTokenGPT, draft_sources, joint_loss
+from marginalize import measure, measure_layers, questions, train_probes, unigram
+from model import GPT, GPTConfig, InputError
+
+SEEDS = (0, 1, 2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The sizes
+
+class Shape(NamedTuple):
+    """Of a backbone."""
+    n_layer: int
+    n_head: int
+    n_embd: int
+
+
+@dataclass
+class Size:
+    """How large the study is. All else is the same in every size."""
+    ladder: tuple                     # backbones, small to large
+    base: Shape                       # the one that all parts but the first are about
+    steps: int                        # in which a backbone learns to predict the next token
+    batch_size: int                   # windows of 256 tokens in each
+    adaptation: float                 # compute for adding heads to it, as a share of that
+    windows: int                      # held-out windows, with 16 questions each
+    probe_steps: int
+    prompts: int                      # for decoding
+    own_tokens: int                   # that the backbone writes for L-MTP's first stage
+    plan_bits: int                    # of the planning task
+    plan_steps: int
+
+
+SIZES = dict(
+    quick=Size(ladder=(Shape(1, 1, 16), Shape(1, 1, 32), Shape(2, 2, 64), Shape(4, 2, 96)), base=Shape(4, 2, 96),
+               steps=800, batch_size=8, adaptation=0.4, windows=64, probe_steps=150, prompts=32, own_tokens=100_000,
+               plan_bits=8, plan_steps=1000),
+    full=Size(ladder=(Shape(2, 2, 64), Shape(4, 2, 128), Shape(6, 4, 256), Shape(8, 8, 512)), base=Shape(6, 4, 256),
+              steps=6000, batch_size=32, adaptation=0.4, windows=256, probe_steps=1000, prompts=64,
+              own_tokens=4_000_000, plan_bits=12, plan_steps=4000))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pieces
+
+@dataclass
+class Piece:
+    """Something that is done once: function(**arguments), when all pieces in `needs` are there."""
+    name: str
+    function: Callable
+    arguments: dict
+    needs: tuple = ()
+    alone: bool = False               # it measures time
+
+
+class Here:
+    """What a process that does pieces knows: the study's folder, the device, and how many threads it may use."""
+    folder = device = None
+
+
+def enter(folder, device, threads):
+    """Prepare a process for pieces. Ctrl-C is for the first process, and for training, which then saves."""
+    Here.folder, Here.device = folder, torch.device(device)
+    os.chdir(ROOT)
+    torch.set_num_threads(threads)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+
+
+def do(piece):
+    """Do a piece in this process, and keep what it returns."""
+    start = time.perf_counter()
+    with open(Here.folder / "log.txt", "a") as log, redirect_stdout(log), redirect_stderr(log):
+        result = piece.function(**piece.arguments)
+    train.write_whole(kept(Here.folder, piece), json.dumps(dict(
+        arguments=piece.arguments, seconds=round(time.perf_counter() - start, 1), result=result)))
+
+
+def kept(folder, piece):
+    """The file in which a piece's result is."""
+    return folder / f"{piece.name}.json"
+
+
+def results_of(folder, pieces):
+    """{name: result} of the pieces that have been done with the same arguments, from pieces of which that is true."""
+    found = {}
+    for piece in pieces:                                                    # what is needed comes first
+        try:
+            stored = json.loads(kept(folder, piece).read_text())
+        except (FileNotFoundError, ValueError):
+            continue
+        if stored["arguments"] == json.loads(json.dumps(piece.arguments)) and all(n in found for n in piece.needs):
+            found[piece.name] = stored["result"]
+    return found
+
+
+def do_all(pieces, folder, device, jobs):
+    """Do what is not done yet, `jobs` pieces at a time, then alone what measures time. -> {name: result}"""
+    done = set(results_of(folder, pieces))
+    threads = torch.get_num_threads()
+    with tqdm(total=len(pieces), initial=len(done), unit="piece", dynamic_ncols=True, disable=None) as bar:
+
+        def side_by_side(todo, jobs, threads):
+            waiting, running = [p for p in todo if p.name not in done], {}
+            with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), enter,
+                                     (folder, device, threads)) as pool:
+                try:
+                    while waiting or running:
+                        for piece in [p for p in waiting if set(p.needs) <= done][:jobs - len(running)]:
+                            running[pool.submit(do, piece)] = piece.name
+                            waiting.remove(piece)
+                        bar.set_postfix_str(", ".join(sorted(running.values())))
+                        for future in wait(running, return_when=FIRST_COMPLETED).done:
+                            future.result()
+                            done.add(running.pop(future))
+                            bar.update()
+                except BaseException:                                       # training saves when it is terminated
+                    for child in multiprocessing.active_children():
+                        child.terminate()
+                    raise
+        side_by_side([p for p in pieces if not p.alone], jobs, max(1, threads // jobs))
+        side_by_side([p for p in pieces if p.alone], 1, threads)
+    return results_of(folder, pieces)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What pieces do. All but the first return {name of a number: number}.
+
+def train_run(name, options, init, own):
+    """A run of train.py with these options, from another run and on a corpus of the study's folder, if these are given.
+    Goes on where it was stopped."""
+    out = Here.folder / name
+    more = [*(["--init", str(Here.folder / init)] if init else []), *(["--data", str(Here.folder / own)] if own else [])]
+    args = train.parse_args([*options, *more, "--out", str(out), "--no-progress", "--device", str(Here.device)])
+    train.check_args(args)
+    model = state = None
+    if (out / "checkpoint.pt").exists():
+        model, state = train.load_checkpoint(out)
+        if any(state["args"].get(k) != v for k, v in vars(args).items() if k not in ("device", "compile", "out", "init")):
+            model = state = None                                            # it was another run: start anew
+    if state is None or state["step"] < args.steps:
+        train.train(args, model, state)
+
+
+def load(name):
+    """A run of this study and its corpus."""
+    model, state = train.load_checkpoint(Here.folder / name)
+    return model.to(Here.device).eval(), Corpus(state["args"]["data"])
+
+
+def foresee(run, windows, horizon=4):
+    """What a model knows of t+1 .. t+4, marginalised and by its own heads, at the same places of held-out text for all;
+    and the loss (nats) and accuracy of every offset everywhere in other windows."""
+    model, corpus = load(run)
+    block_size = model.gpt.config.block_size
+    loss, accuracy = train.evaluate(model, corpus.windows("val", windows, block_size + 1), 8)
+    asked, position = (t.to(Here.device) for t in questions(corpus, block_size, horizon, windows, 16))
+    table = measure(model, asked, position, horizon, unigram(corpus).to(Here.device), 32, progress=False)
+    return dict(nats=loss[1], parameters=sum(p.numel() for p in model.gpt.parameters()),
+                **{f"accuracy of offset {o}": a for o, a in accuracy.items()},
+                **{f"{r['reader']} t+{r['distance']}": r["top1"][0] for r in table},
+                **{f"layer weights {o}": shares for o, shares in model.layer_weights().items()})
+
+
+def read_layers(run, windows, probe_steps):
+    """The accuracy of every layer for t+1 and t+2, by the logit lens and by trained probes."""
+    model, corpus = load(run)
+    asked, position = (t.to(Here.device) for t in questions(corpus, model.gpt.config.block_size, 2, windows, 16))
+    probes = train_probes(model.gpt, corpus, (1, 2), probe_steps, progress=False)
+    return {f"{r['reader']} t+{r['distance']} layer {r['layer']}": r["top1"][0]
+            for r in measure_layers(model.gpt, probes, asked, position)}
+
+
+def draft(run, offsets, prompts, nodes=15):
+    """Tokens per step of a chain and of a tree of as many candidates for all: on real text, greedy and sampled; and the
+    papers' formula."""
+    model, corpus = load(run)
+    length = model.gpt.config.block_size
+    ways = {"chain": chain(draft_sources(offsets)),
+            "tree": calibrate(model, corpus.windows("val", 64, length + 1)[1::2], nodes, progress=False)["tree"]}
+    found = {}
+    for way, r in zip(ways, held_out_records(model, corpus, list(ways.values()))):
+        found |= {f"real text, {way}": r["tokens_per_step"], f"formula, {way}": r["expected_tokens_per_step"]}
+        found |= {f"{way}, candidate at distance {j}": a for j, a in r["acceptance"].items()}
+    records, _ = compare(model, [(), *ways.values()], corpus.windows("val", prompts, 64).tolist(), length - 64,
+                         (0.0, 1.0), rounds=1, batch_size=32, progress=False)
+    for r, (kind, way) in zip(records, [(k, w) for k in ("greedy", "sampled") for w in ("NTP", *ways)]):
+        found |= {f"{kind}, {way}": r["tokens_per_step"], f"{kind}, {way} identical": r["identical"]}
+    return found
+
+
+def speed(run, prompts, trees=False):
+    """Wall-clock speedup over our own compiled NTP decoder, batch 1: of the chain of all offsets, or of the tree that
+    calibrate finds for this machine."""
+    model, corpus = load(run)
+    length = model.gpt.config.block_size
+    ways = {"chain": chain(draft_sources(model.offsets))}
+    if trees:
+        ways["tree"] = calibrate(model, corpus.windows("val", 64, length + 1)[1::2], compile=True, progress=False)["tree"]
+    records, _ = compare(model, [(), *ways.values()], corpus.windows("val", prompts, 64).tolist(), length - 64,
+                         (0.0, 1.0), rounds=3, compile=True, progress=False)
+    found = {}
+    for r, (kind, way) in zip(records, [(k, w) for k in ("greedy", "sampled") for w in ("NTP", *ways)]):
+        found |= {f"{kind}, {way}, {what}": r[what]
+                  for what in ("block", "tokens_per_step", "tokens_per_second", "speedup", "identical")}
+    held_out = held_out_records(model, corpus, list(ways.values()))
+    return found | {f"real text, {way}": r["tokens_per_step"] for way, r in zip(ways, held_out)}
+
+
+def own_text(name, run, tokens, seed):
+    """A corpus that a model writes itself."""
+    model, corpus = load(run)
+    write_corpus_of_its_own(model, corpus, Here.folder / name, tokens, batch_size=128, seed=seed, source=run,
+                            progress=False)
+
+
+def parities(n, count, generator):
+    """The planning task: (count, 2n + 1) tokens x_1 .. x_n = y_n .. y_1, bits and 2 for "=", with y_i = x_1 + ... + x_i
+    modulo 2. Backwards: who has read y_(i+1) finds y_i with a glance at x_(i+1), but y_n, the first one, takes all."""
+    x = torch.randint(0, 2, (count, n), generator=generator)
+    return torch.cat([x, torch.full((count, 1), 2), (x.cumsum(1) % 2).flip(1)], dim=1)
+
+
+def plan(offsets, seed, bits, steps):
+    """Train on the planning task, every batch new, and ask for the answer to 1,000 questions: how often each of its
+    tokens is right, given those before it, and all of them."""
+    def batch(split, batch_size, length, step, seed):
+        return parities(bits, batch_size, torch.Generator().manual_seed(1_000_003 * seed + step))
+    args = train.parse_args(["--offsets", ",".join(map(str, offsets)), "--steps", str(steps), "--batch-size", "256",
+                             "--lr", "2e-3", "--device", str(Here.device), "--seed", str(seed)])
+    train.check_args(args)
+    torch.manual_seed(seed)
+    model = MultiTokenGPT(GPT(GPTConfig(2 * bits, 3, 3, 4, 64)), HeadsConfig(offsets)).to(Here.device)
+    optimizers = train.make_optimizers(model, args.optimizer, args.lr, args.weight_decay)
+    for step in range(steps):
+        train.compute_gradients(model, optimizers, SimpleNamespace(batch=batch), step, args, nullcontext)
+        for optimizer in optimizers:
+            optimizer.step()
+    test = parities(bits, 1000, torch.Generator().manual_seed(2**40)).to(Here.device)
+    with torch.no_grad():
+        right = (model.gpt(test[:, :-1])[0].argmax(-1) == test[:, 1:])[:, bits:].float()    # (1000, bits)
+    return {"whole answer": right.prod(1).mean().item(),
+            **{f"token {i}": r for i, r in enumerate(right.mean(0).tolist(), 1)}}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The parts. Each yields pieces, and rows: a label, and the pieces, one per seed, in which its numbers are.
+
+def flops(options):
+    """Floating point operations of a training step with these options of train.py, forward and backward: (while the
+    heads warm up, afterwards). Counted on a model without memory, as PyTorch counts them."""
+    args = train.parse_args([*options, "--device", "cpu"])
+    train.check_args(args)
+    with torch.device("meta"):
+        model = MultiTokenGPT(GPT(GPTConfig(args.block_size, 257, args.n_layer, args.n_head, args.n_embd)),
+                              HeadsConfig(args.offsets, args.head_kind, args.head_layers, whs=args.whs))
+        idx = torch.zeros(args.batch_size, args.block_size + 1, dtype=torch.long)
+    found = []
+    for share in (0, args.backbone_lr):
+        model.gpt.requires_grad_(share > 0)
+        with FlopCounterMode(display=False) as counter:
+            joint_loss(model, idx, {} if share else {1: 0}, backward=True)
+        found.append(counter.get_total_flops())
+    return found
+
+
+class Study:
+    """The pieces of a size, shared by its parts."""
+
+    def __init__(self, size):
+        self.size, self.pieces = size, {}                                   # {name: Piece}
+        self.base_flops = size.steps * flops(self.options())[1]
+        self.added = size.adaptation * self.base_flops                      # compute for adaptation
+
+    def options(self, shape=None, data="python", offsets="1", **more):
+        """Of train.py."""
+        more = {**(shape or self.size.base)._asdict(), "batch_size": self.size.batch_size, **more}
+        flags = [[f"--{k.replace('_', '-')}"] + ([] if v is True else [str(v)]) for k, v in more.items()]
+        return ["--data", f"data/{data}", "--offsets", offsets, *sum(flags, [])]
+
+    def add(self, name, function, arguments, needs=(), alone=False):
+        """A piece, once. -> its name"""
+        self.pieces.setdefault(name, Piece(name, function, arguments, tuple(needs), alone))
+        return name
+
+    def run(self, name, seed, compute=None, steps=None, warm_up=0.0, init=None, own=None, **options):
+        """A training run of so many steps, or of so much compute, of which the share `warm_up` is for the heads alone;
+        from the run `init`, on the corpus `own` of this study. -> the piece's name"""
+        options = self.options(**options)
+        if compute:
+            frozen, joint = flops(options)
+            alone = round(warm_up * compute / frozen)
+            steps = alone + round((1 - warm_up) * compute / joint)
+            options += ["--head-warmup", str(alone)] if alone else []
+        options += ["--steps", str(steps), "--warmup", str(min(100, steps // 8)), "--eval-every",
+                    str(max(1, steps // 4)), "--seed", str(seed)]
+        name = f"{name}-s{seed}"
+        needs = [n for n in (init, own) if n]
+        return self.add(name, train_run, dict(name=name, options=options, init=init, own=own), needs)
+
+    def base(self, seed, shape=None, data="python"):
+        """The next-token model of a shape, a corpus and a seed."""
+        shape = shape or self.size.base
+        return self.run(f"ntp-{data}-{shape.n_layer}x{shape.n_embd}", seed, steps=self.size.steps, shape=shape, data=data)
+
+    def scratch(self, name, offsets, seed, data="python"):
+        """Heads and backbone from scratch, with the compute of a base and its adaptation together."""
+        return self.run(name, seed, compute=self.base_flops + self.added, offsets=offsets)
+
+    def joint(self, name, seed, offsets="1,2,3,4", **options):
+        """Heads on a base, with the compute of an adaptation."""
+        return self.run(name, seed, compute=self.added, init=self.base(seed), offsets=offsets, **options)
+
+    def two_stages(self, name, seed, offsets):
+        """L-MTP's recipe on a base, with the compute of an adaptation: the heads alone, on text that the base has
+        written; then all, on the corpus, the heads' losses weighing a tenth."""
+        base, own = self.base(seed), f"own-s{seed}"
+        self.add(own, own_text, dict(name=own, run=base, tokens=self.size.own_tokens, seed=seed), [base])
+        first = self.run(f"{name}-stage1", seed, compute=0.3 * self.added, init=base, own=own, offsets=offsets,
+                         backbone_lr=0)
+        return self.run(f"{name}-stage2", seed, compute=0.7 * self.added, init=first, offsets=offsets, backbone_lr=0.1,
+                        head_weight=0.1)
+
+    def measured(self, function, run, key="", **arguments):
+        """A measurement of a run. -> the piece's name"""
+        alone = function is speed
+        return self.add(f"{function.__name__}{key}-{run}", function, dict(run=run, **arguments), [run], alone)
+
+    def foresight(self, run):
+        return self.measured(foresee, run, windows=self.size.windows)
+
+
+def scale(study):
+    """Paper A, claims 1 and 2: what next-token models know about later tokens, by their size and by the text."""
+    for shape in study.size.ladder:
+        yield f"python, {shape.n_layer} x {shape.n_embd}", [study.foresight(study.base(s, shape)) for s in SEEDS]
+    for data in ("shakespeare", "multi30k"):
+        yield data, [study.foresight(study.base(s, data=data)) for s in SEEDS]
+
+
+MTP, LEAP2, LEAP3 = "1,2,3,4", "1,3,5,7", "1,4,7,10"
+
+
+def layers(study):
+    """Paper A, claim 3: what each layer knows, of a model trained for the next token, and of one with heads."""
+    for label, runs in (("NTP", [study.base(s) for s in SEEDS]), ("MTP", [study.scratch("mtp", MTP, s) for s in SEEDS])):
+        yield label, [study.measured(read_layers, r, windows=study.size.windows, probe_steps=study.size.probe_steps)
+                      for r in runs]
+
+
+RECIPES = {                                                                 # label: options of train.py
+    "frozen, resblock heads": dict(backbone_lr=0),
+    "frozen, transformer layer": dict(backbone_lr=0, head_kind="block"),
+    "frozen, 2 transformer layers": dict(backbone_lr=0, head_kind="block", head_layers=2),
+    "frozen, 4 transformer layers": dict(backbone_lr=0, head_kind="block", head_layers=4),
+    "frozen, WHS": dict(backbone_lr=0, whs=True),
+    "joint, weight 0.1": dict(head_weight=0.1),
+    "joint, weight 0.3": dict(head_weight=0.3),
+    "joint, weight 1": dict(),
+    "+ differential rates": dict(backbone_lr=0.1),
+    "+ head warm-up": dict(backbone_lr=0.1, warm_up=0.3),
+    "+ WHS": dict(backbone_lr=0.1, warm_up=0.3, whs=True),
+}
+
+
+def adapt(study):
+    """Paper A, claims 3 to 6: how heads get on a next-token model, with the same compute for each recipe."""
+    yield "NTP, marginalised", [study.foresight(study.base(s)) for s in SEEDS]
+    for label, options in RECIPES.items():
+        name = label.replace("+ ", "joint ").replace(", ", "-").replace(" ", "-")
+        yield label, [study.foresight(study.joint(name, s, **options)) for s in SEEDS]
+    yield "from scratch", [study.foresight(study.scratch("mtp", MTP, s)) for s in SEEDS]
+
+
+def leap(study):
+    """Paper B: adjacent against leaping heads, as many and trained as long, and L-MTP's two stages against one."""
+    def both(label, runs, offsets):
+        offsets = tuple(map(int, offsets.split(",")))
+        yield label, [study.measured(draft, r, offsets=offsets, prompts=study.size.prompts) for r in runs]
+        yield label, [study.foresight(r) for r in runs]
+    for label, name, offsets in (("MTP", "mtp", MTP), ("leap k=2", "leap2", LEAP2), ("leap k=3", "leap3", LEAP3)):
+        yield from both(label, [study.scratch(name, offsets, s) for s in SEEDS], offsets)
+        yield label, [study.measured(speed, study.scratch(name, offsets, SEEDS[0]), prompts=8)]
+    runs = [study.joint("leap2-joint", s, LEAP2) for s in SEEDS]
+    yield from both("leap k=2 on a base, one stage", runs, LEAP2)
+    yield from both("leap k=2 on a base, two stages", [study.two_stages("leap2", s, LEAP2) for s in SEEDS], LEAP2)
+
+
+def planning(study):
+    """A task in which looking ahead matters by construction: next-token training against heads that look further."""
+    for label, offsets in (("NTP", "1"), ("MTP", MTP), ("leap k=2", LEAP2), ("leap k=3", LEAP3)):
+        yield label, [study.add(f"plan-{label.replace(' ', '-')}-s{s}", plan, dict(
+            offsets=tuple(map(int, offsets.split(","))), seed=s, bits=study.size.plan_bits,
+            steps=study.size.plan_steps)) for s in SEEDS]
+
+
+def backbone(study):
+    """What heads do to the next-token model itself, from scratch: with the same text, and with the same compute."""
+    compute = study.base_flops + study.added
+    steps = round(compute / flops(study.options(offsets=MTP))[1])
+    yield "NTP, same text", [study.foresight(study.run("ntp-same-text", s, steps=steps)) for s in SEEDS]
+    yield "NTP, same compute", [study.foresight(study.run("ntp-same-compute", s, compute)) for s in SEEDS]
+    for label, name, offsets in (("MTP", "mtp", MTP), ("leap k=2", "leap2", LEAP2), ("leap k=3", "leap3", LEAP3)):
+        yield label, [study.foresight(study.scratch(name, offsets, s)) for s in SEEDS]
+
+
+def headline(study):
+    """The fastest decoder that we have for held-out code: 8 bytes at once, and the tree that is fastest here."""
+    run = study.scratch("mtp8", "1,2,3,4,5,6,7,8", SEEDS[0])
+    yield "MTP, 8 bytes", [study.measured(speed, run, prompts=study.size.prompts, trees=True)]
+
+
+PARTS = {f.__name__: f for f in (scale, layers, adapt, leap, planning, backbone, headline)}
+
+
+def table(rows, pieces, results):
+    """rows as a part yields them -> [{label, values: {name of a number: one per seed}, train: options of its runs}]"""
+    found = {}
+    for label, names in rows:
+        row = found.setdefault(label, dict(label=label, values={}, train=[]))
+        for key in results[names[0]]:
+            row["values"][key] = [results[n][key] for n in names]
+        runs = [pieces[n] for n in pieces[names[0]].needs] + [pieces[names[0]]]
+        row["train"] += [" ".join(p.arguments["options"]) for p in runs if p.function is train_run
+                         and " ".join(p.arguments["options"]) not in row["train"]]
+    return list(found.values())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+
+def parse_args():
+    """The command line as a namespace."""
+    p = argparse.ArgumentParser(
+        prog="study.py", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Try both papers' claims on small models: train them, measure them, and write results, figures and "
+                    "the README's table. It can be stopped at any time; the same command goes on.",
+        epilog="parts: " + "; ".join(f"{name}: {f.__doc__.splitlines()[0]}" for name, f in PARTS.items()))
+    p.add_argument("--quick", action="store_true", help="the same study at a size for 2 CPU cores and 25 minutes")
+    p.add_argument("--only", nargs="+", choices=list(PARTS), metavar="PART", default=list(PARTS),
+                   help="do these parts only: %(choices)s")
+    p.add_argument("--jobs", type=int, default=argparse.SUPPRESS,
+                   help="pieces that run side by side (default: one per CPU core, at most 8)")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    p.add_argument("--folder", default=argparse.SUPPRESS, metavar="FOLDER",
+                   help="for the models and all that is found (default: runs/study-SIZE)")
+    p.add_argument("--results", default=str(ROOT / "experiments" / "results"), metavar="FOLDER",
+                   help="for study_SIZE_PART.json")
+    p.add_argument("--list", action="store_true", help="only say which pieces there are and which are done")
+    p.error = lambda message: p.exit(2, f"study.py: error: {message}\n")
+    return p.parse_args()
+
+
+def main():
+    """Do the study; bad input is one line and status 2, a stopped study status 130."""
+    args = parse_args()
+    with train.one_line_errors("study.py", memory="--jobs"):
+        name = "quick" if args.quick else "full"
+        device = train.pick_device(args.device)
+        jobs = getattr(args, "jobs", min(8, os.cpu_count()))
+        if jobs < 1:
+            raise InputError("--jobs must be at least 1")
+        results_folder = Path(args.results).resolve()
+        if not os.access(results_folder, os.W_OK):
+            raise InputError(f"--results {args.results} is not a writable folder")
+        folder = Path(getattr(args, "folder", ROOT / "runs" / f"study-{name}")).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        os.chdir(ROOT)                                                      # where data/ is, also for other processes
+        study = Study(SIZES[name])
+        rows = {part: list(PARTS[part](study)) for part in PARTS if part in args.only}
+        pieces = list(study.pieces.values())
+        if args.list:
+            done = results_of(folder, pieces)
+            for piece in pieces:
+                print(f"{'done' if piece.name in done else '':5}{piece.name}")
+            return
+        for data in ("python", "shakespeare", "multi30k") if "scale" in rows else ("python",):
+            if not (ROOT / "data" / data / "meta.json").exists():
+                prepare(data)
+            Corpus(f"data/{data}")                                          # what is wrong with it is said now
+        signal.signal(signal.SIGTERM, signal.default_int_handler)           # as Ctrl-C
+        try:
+            do_all(pieces, folder, device, jobs)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("stopped; the same command goes on") from None
+        finally:                                                            # what is complete is written in any case
+            results = results_of(folder, pieces)
+            for part, part_rows in rows.items():
+                if all(n in results for _, names in part_rows for n in names):
+                    train.write_whole(results_folder / f"study_{name}_{part}.json", json.dumps(dict(
+                        part=part, size=name, command=f"python experiments/study.py{' --quick' * args.quick} --only {part}",
+                        environment=train.environment(device), settings=asdict(study.size), seeds=SEEDS,
+                        rows=table(part_rows, study.pieces, results)), indent=1) + "\n")
+        print(f"next: python experiments/findings.py --size {name}")
+
+
+if __name__ == "__main__":
+    main()
