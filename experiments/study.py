@@ -223,29 +223,33 @@ def draft(run, offsets, prompts, nodes=15):
     for way, r in zip(ways, held_out_records(model, corpus, list(ways.values()))):
         found |= {f"real text, {way}": r["tokens_per_step"], f"formula, {way}": r["expected_tokens_per_step"]}
         found |= {f"{way}, candidate at distance {j}": a for j, a in r["acceptance"].items()}
-    records, _ = compare(model, [(), *ways.values()], corpus.windows("val", prompts, 64).tolist(), length - 64,
-                         (0.0, 1.0), rounds=1, batch_size=32, progress=False)
-    for r, (kind, way) in zip(records, [(k, w) for k in ("greedy", "sampled") for w in ("NTP", *ways)]):
-        found |= {f"{kind}, {way}": r["tokens_per_step"], f"{kind}, {way} identical": r["identical"]}
+    for kind, way, r in written(model, corpus, ways, prompts, rounds=1, batch_size=32):
+        found |= {f"{kind}, {way}": r["tokens_per_step"], f"{kind}, {way}, identical": r["identical"]}
     return found
 
 
+def written(model, corpus, ways, prompts, **how):
+    """`compare` NTP and other ways, {name: tree}, on held-out prompts. Yields ("greedy" or "sampled", name, record)."""
+    methods, length = list(dict.fromkeys([(), *ways.values()])), model.gpt.config.block_size
+    records, _ = compare(model, methods, corpus.windows("val", prompts, 64).tolist(), length - 64, (0.0, 1.0),
+                         progress=False, **how)
+    for i, kind in enumerate(("greedy", "sampled")):
+        for way, tree in {"NTP": (), **ways}.items():
+            yield kind, way, records[i * len(methods) + methods.index(tree)]
+
+
 def speed(run, prompts, trees=False):
-    """Wall-clock speedup over our own compiled NTP decoder, batch 1: of the chain of all offsets, or of the tree that
-    calibrate finds for this machine."""
+    """Wall-clock speedup over our own compiled NTP decoder, batch 1: of the chain of all offsets, or also of the tree
+    that calibrate finds for this machine."""
     model, corpus = load(run)
-    length = model.gpt.config.block_size
-    ways = {"chain": chain(draft_sources(model.offsets))}
+    windows, ways = corpus.windows("val", 64, model.gpt.config.block_size + 1), {"chain": chain(draft_sources(model.offsets))}
     if trees:
-        ways["tree"] = calibrate(model, corpus.windows("val", 64, length + 1)[1::2], compile=True, progress=False)["tree"]
-    records, _ = compare(model, [(), *ways.values()], corpus.windows("val", prompts, 64).tolist(), length - 64,
-                         (0.0, 1.0), rounds=3, compile=True, progress=False)
-    found = {}
-    for r, (kind, way) in zip(records, [(k, w) for k in ("greedy", "sampled") for w in ("NTP", *ways)]):
-        found |= {f"{kind}, {way}, {what}": r[what]
-                  for what in ("block", "tokens_per_step", "tokens_per_second", "speedup", "identical")}
-    held_out = held_out_records(model, corpus, list(ways.values()))
-    return found | {f"real text, {way}": r["tokens_per_step"] for way, r in zip(ways, held_out)}
+        ways["tree"] = calibrate(model, windows[1::2], compile=True, progress=False)["tree"]
+    return {f"compiled, {kind}, {way}, {what}": r[what]
+            for kind, way, r in written(model, corpus, ways, prompts, rounds=3, compile=True)
+            for what in ("block", "tokens_per_step", "tokens_per_second", "speedup", "identical")} | {
+            f"compiled, real text, {way}": held_out_records(model, corpus, [tree])[0]["tokens_per_step"]
+            for way, tree in ways.items()}
 
 
 def own_text(name, run, tokens, seed):
