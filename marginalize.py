@@ -37,9 +37,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data.loader import Corpus
 from model import GPT2_NAMES, InputError, KVCache
-from train import check_output, environment, load_model, one_line_errors, pick_device, write_whole
+from train import check_output, corpus_of, environment, load_model, one_line_errors, pick_device, write_whole
 
 MAX_NODES = 1024                                                            # branches in one forward pass
 
@@ -579,15 +578,7 @@ def load(run, data):
     model, state = load_model(run)
     if not all(p.isfinite().all() for p in model.parameters()):
         raise InputError(f"{run} has weights that are not finite")
-    data = data or state.get("args", {}).get("data")
-    if not data:
-        raise InputError(f"{run} does not say what it was trained on; name a corpus with --data")
-    corpus = Corpus(data)
-    config, name = model.gpt.config, corpus.meta["tokenizer"]
-    if state.get("tokenizer", name) != name or config.vocab_size != corpus.vocab_size:
-        raise InputError(f"{corpus.folder} is in {name} tokens, {corpus.vocab_size} of them; {run} knows "
-                         f"{config.vocab_size}{' ' + state['tokenizer'] if 'tokenizer' in state else ''} tokens")
-    return model.eval(), corpus, state.get("step")
+    return model.eval(), corpus_of(run, model, state, data), state.get("step")
 
 
 def how(args):

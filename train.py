@@ -33,10 +33,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from data.loader import Corpus
-from data.prepare import CorpusError
+from data.prepare import OWN_TEXT, CorpusError
 from heads import HeadsConfig, MultiTokenGPT, joint_loss, parse_offsets, predictions_and_targets
 from model import GPT, GPT2_NAMES, GPTConfig, InputError
 
@@ -57,13 +58,14 @@ def recipe(args, offsets, step):
 
     backbone_lr       1: heads and backbone alike; between: differential learning rates; 0: heads on a frozen backbone
     head_warmup       for so many steps the backbone is frozen, then both train (Mehra et al.; L-MTP, stage 1 and 2)
-    head_weight       of every head's loss against offset 1's (L-MTP's beta); head_ramp: steps in which it grows from 0
+    head_weight       of every head's loss against offset 1's (L-MTP's beta)
+    head_ramp         steps in which that weight grows from 0, once both train
     offset_weights    {offset: a further factor}
     curriculum        forward: offset 1 alone first, then one more in each equal part of the run; reverse: all first,
                       then one less (arXiv 2505.22757)
     """
     share = 0.0 if step < args.head_warmup else args.backbone_lr
-    ramp = min(1.0, (step + 1) / args.head_ramp) if args.head_ramp else 1.0
+    ramp = min(1.0, (step + 1 - args.head_warmup) / args.head_ramp) if args.head_ramp and share else 1.0
     weights = {o: args.head_weight * ramp * args.offset_weights.get(o, 1.0) for o in offsets[1:]}
     weights[1] = 1.0 if share else 0.0                                      # the backbone's own, tied unembedding
     stage = 1 + step * len(offsets) // args.steps                           # 1 .. len(offsets)
@@ -155,6 +157,20 @@ def load_model(path):
     return load_checkpoint(path)
 
 
+def corpus_of(path, model, state, data=None):
+    """The corpus `data`, or the one that the model of load_model(path) was trained on, if there is none. Raises
+    InputError and CorpusError, also when it is of another tokenizer."""
+    data = data or state.get("args", {}).get("data")
+    if not data:
+        raise InputError(f"{path} does not say what it was trained on; name a corpus with --data")
+    corpus, size = Corpus(data), model.gpt.config.vocab_size
+    found, name = corpus.meta["tokenizer"], state.get("tokenizer", "")
+    if found != (name or found) or corpus.vocab_size != size:
+        raise InputError(f"{corpus.folder} is in {found} tokens, {corpus.vocab_size} of them; {path} knows {size} "
+                         f"{name} tokens; prepare it with another --tokenizer")
+    return corpus
+
+
 def start_from(path, heads_config):
     """A model with the backbone of `path` (see load_model), and its heads where it has the same kind for an offset; the
     others start as they always do. -> (MultiTokenGPT, the rest of the checkpoint's state)"""
@@ -203,16 +219,33 @@ PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "4090": 165e12, "L
 
 def mfu(model, tokens_per_second, device):
     """Model FLOPs utilisation: the 6N + 12LCT FLOPs per token that training needs (PaLM, appendix B) over what the
-    GPU's data sheet promises. None on a CPU or an unknown GPU."""
+    GPU's data sheet promises. None on a CPU or an unknown GPU, and with a frozen backbone, which needs less."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     peak = next((p for key, p in PEAK_FLOPS.items() if re.search(rf"\b{key}\b", name)), None)
-    if peak is None:
+    if peak is None or not model.gpt.lm_head.weight.requires_grad:
         return None
     c = model.gpt.config
     n = sum(p.numel() for p in model.parameters())
     if not model.unembeddings:                                              # the shared one works for each head
         n += len(model.heads) * model.gpt.lm_head.weight.numel()
     return tokens_per_second * (6 * n + 12 * c.n_layer * c.n_embd * c.block_size) / peak
+
+
+@contextmanager
+def bfloat16(device):
+    """Autocast to bfloat16. On a CPU attention is then made of plain products, in bfloat16 all the way: PyTorch's fused
+    kernel takes two to three times as long there."""
+    with torch.autocast(device.type, torch.bfloat16):
+        if device.type != "cpu":
+            yield
+            return
+        allowed = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()    # of all devices, in spite of its name
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+        try:
+            with sdpa_kernel(SDPBackend.MATH):
+                yield
+        finally:
+            torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(allowed)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -259,15 +292,21 @@ def processes(device):
 # The loop
 
 def make_model(args, corpus):
-    """The model that a run starts with: from args.init, or from scratch. Raises InputError."""
+    """The model that a run starts with: from args.init, with the dropout of this run, or from scratch. Raises
+    InputError."""
     heads_config = HeadsConfig(args.offsets, args.head_kind, args.head_layers, args.own_unembedding, args.whs)
     if not args.init:
+        if not args.backbone_lr:
+            raise InputError("--backbone-lr 0 freezes a backbone that has learnt nothing: give one with --init")
         return MultiTokenGPT(GPT(GPTConfig(args.block_size, corpus.vocab_size, args.n_layer, args.n_head, args.n_embd,
                                            args.dropout)), heads_config)
     model, state = start_from(args.init, heads_config)
     name = corpus.meta["tokenizer"]
     if state.get("tokenizer", name) != name or model.gpt.config.vocab_size != corpus.vocab_size:
         raise InputError(f"{args.init} does not know {corpus.folder}'s {corpus.vocab_size} tokens ({name})")
+    for module in (model.gpt.config, *model.modules()):
+        if hasattr(module, "dropout"):
+            module.dropout = args.dropout
     return model
 
 
@@ -336,7 +375,7 @@ def train(args, model=None, state=None):
     if rank:                                                                # every process drops out other units
         torch.manual_seed(args.seed + 1_000_003 * (first * world + rank))
     ntp_before = state["ntp_before"] if state else None                     # what the backbone lost until then
-    autocast = (lambda: torch.autocast(device.type, torch.bfloat16)) if args.dtype == "bfloat16" else nullcontext
+    autocast = (lambda: bfloat16(device)) if args.dtype == "bfloat16" else nullcontext
     if args.compile:                                                        # one program, used by every layer
         for block in model.gpt.transformer.h:
             block.compile()
@@ -358,19 +397,29 @@ def train(args, model=None, state=None):
         if rank == 0:
             tqdm.write(text)
 
+    def say_layer_weights():
+        for o, shares in model.layer_weights().items():
+            say(f"  the head of offset {o} reads layers 1 to {len(shares)}: {bars(shares)}  "
+                + " ".join(f"{share:.0%}" for share in shares))
+
     out.mkdir(parents=True, exist_ok=True)
     if rank == 0:
         trim_metrics(metrics, first if state else -1)
     if not state:
         if args.init:                                                       # what it costs is always measured
             loss, accuracy = evaluate(model, windows, args.batch_size, autocast)
-            log(step=0, val_loss=loss, val_accuracy=accuracy, layer_weights=model.layer_weights())
+            log(step=0, val_loss=loss, val_accuracy=accuracy)
             ntp_before = loss[1]
+        if args.whs:
+            log(step=0, layer_weights=model.layer_weights())
+            say_layer_weights()
         save(0)                                                             # from here on the run can be resumed
     stop = []                                                               # a signal is obeyed between two steps
     handlers = {s: signal.signal(s, lambda number, _: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
     say(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, offsets {model.offsets}, on {device}, "
         f"{args.dtype}{f', {world} processes' * (world > 1)}; run folder {out}")
+    if corpus.meta.get("source", "").startswith(OWN_TEXT):
+        say(f"held-out text is {corpus.meta['source']} here, and so is what next-token prediction loses measured on")
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, unit="step", dynamic_ncols=True,
                disable=None if args.progress and rank == 0 else True)
     tokens_per_step = args.batch_size * args.accumulate * model.gpt.config.block_size
@@ -406,10 +455,8 @@ def train(args, model=None, state=None):
                 say(f"step {done}, held-out nats and accuracy by offset: "
                     + "  ".join(f"{o}: {loss[o]:.3f} {accuracy[o]:.0%}" for o in model.offsets)
                     + (f"; NTP lost {loss[1] - ntp_before:+.4f} nats against {args.init}" if args.init else ""))
+                say_layer_weights()
                 since = time.perf_counter()
-                for o, shares in model.layer_weights().items():
-                    say(f"  the head of offset {o} reads layers 1 to {len(shares)}: {bars(shares)}  "
-                        + " ".join(f"{share:.0%}" for share in shares))
             if validate or stopping:
                 save(done)
             if stopping:
@@ -472,8 +519,8 @@ def one_line_errors(script, memory):
         yield
     except (InputError, CorpusError, OSError) as error:
         message, status, same = f"{script}: error: {error}", 2, True
-    except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "allocate memory" not in str(error):
             raise
         message, status, same = f"{script}: error: not enough memory; lower {memory}", 2, False
     except Diverged as error:
@@ -482,9 +529,14 @@ def one_line_errors(script, memory):
         message, status, same = str(error) or "stopped", 130, True
     else:
         return
-    if not same or os.environ.get("RANK", "0") == "0":                      # what all processes find, one says
-        print(message, file=sys.stderr)
+    (say_once if same else print)(message, file=sys.stderr)
     sys.exit(status)
+
+
+def say_once(*what, **how):
+    """print, but what all processes of torchrun find, only the first one says."""
+    if os.environ.get("RANK", "0") == "0":
+        print(*what, **how)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -517,11 +569,12 @@ def parse_args(argv=None):
                    "share of --lr: 0 freezes it, 0.1 lets it follow the heads slowly")
     g.add_argument("--head-warmup", type=int, default=0, metavar="STEPS", help="first train the heads alone")
     g.add_argument("--head-weight", type=float, default=1.0, help="weight of each head's loss against offset 1's")
-    g.add_argument("--head-ramp", type=int, default=0, metavar="STEPS", help="let that weight grow from 0")
+    g.add_argument("--head-ramp", type=int, default=0, metavar="STEPS", help="let that weight grow from 0, after the "
+                   "warm-up if there is one")
     g.add_argument("--offset-weights", default="", metavar="O:W,...", help="further factors, as in 2:1,3:0.5")
     g.add_argument("--curriculum", default="none", choices=CURRICULA, help="forward: add offsets one by one during the "
                    "run; reverse: remove them")
-    g = p.add_argument_group("model", "of a GPT from scratch; --init brings its own")
+    g = p.add_argument_group("model", "of a GPT from scratch; --init brings its own, except for the dropout")
     g.add_argument("--n-layer", type=int, default=4, help="transformer layers")
     g.add_argument("--n-head", type=int, default=4, help="attention heads per layer")
     g.add_argument("--n-embd", type=int, default=128, help="width")
@@ -588,9 +641,12 @@ def check_args(args):
                            head_warmup=args.steps, head_ramp=2**63, seed=2**63 - 1).items():
         if not 0 <= getattr(args, name) <= most:
             raise InputError(f"--{name.replace('_', '-')} must be in 0..{most:g}, not {getattr(args, name)}")
-    if not any(recipe(args, args.offsets, 0)[0].values()):
-        raise InputError("the first step would train nothing: a frozen backbone needs heads, and with --curriculum "
-                         "forward it comes first")
+    for step in {0, max(0, args.head_warmup - 1), args.steps - 1}:          # where fewest heads train without it
+        if not any(recipe(args, args.offsets, step)[0].values()):
+            raise InputError(f"step {step + 1} would train nothing: while the backbone is frozen there must be heads "
+                             "that train, with --curriculum and --offset-weights as well")
+    if args.init == "":
+        raise InputError("--init needs a run, or GPT-2's weights")
     if not args.out or Path(args.out).exists() and not Path(args.out).is_dir():
         raise InputError(f"--out must be a folder, not {args.out!r}")
 
@@ -610,7 +666,7 @@ def main():
             args = argparse.Namespace(**{**state["args"], **now, "out": str(out if out.is_dir() else out.parent)})
             args.device = str(pick_device(args.device))
             if state["step"] >= args.steps:
-                return print(f"{args.out} is finished: {state['step']} of {args.steps} steps")
+                return say_once(f"{args.out} is finished: {state['step']} of {args.steps} steps")
             if unknown:
                 raise InputError(f"{args.out} was started by a train.py that did not know {', '.join(sorted(unknown))}")
         else:
@@ -619,8 +675,7 @@ def main():
                 raise InputError(f"{args.out} already holds a run: --resume {args.out}, --overwrite, or another --out")
         with processes(torch.device(args.device)):
             train(args, model, state)
-        if os.environ.get("RANK", "0") == "0":
-            print(f"done: python decode.py {args.out}")
+        say_once(f"done: python decode.py {args.out}")
 
 
 if __name__ == "__main__":

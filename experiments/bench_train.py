@@ -2,7 +2,7 @@
 
     python experiments/bench_train.py --out experiments/results/bench_train_cpu.json
 
-- speed: train.py's step in next-token mode (schedule, joint_loss, clipping, AdamW, reading the corpus) against the
+- speed: train.py's step in next-token mode (schedule, joint_loss, clipping, AdamW) against the
   loop that one would write first, as in nanoGPT: forward with targets, backward, clip, step. Same model, same batches
   and in turns, so the quotient says what the generality of our loop costs.
 - memory: logits are by far the largest tensors of a small model with a large vocabulary, batch x time x 50,257, and a
@@ -110,8 +110,13 @@ def step_memory(device, n):
 
 def bench_memory(device):
     """-> dict(ntp, eight_heads: peak bytes of a step; ratio)"""
-    found = [int(subprocess.run([sys.executable, __file__, "--device", str(device), "--memory", str(n)], check=True,
-                                capture_output=True, text=True).stdout) for n in (1, 8)]
+    found = []
+    for n in (1, 8):
+        done = subprocess.run([sys.executable, __file__, "--device", str(device), "--memory", str(n)],
+                              capture_output=True, text=True)
+        if done.returncode:
+            raise InputError(f"the memory of a step could not be measured: {done.stderr.strip().splitlines()[-1]}")
+        found.append(int(done.stdout))
     return dict(ntp=found[0], eight_heads=found[1], ratio=found[1] / found[0])
 
 
@@ -140,8 +145,8 @@ def main():
         if args.memory:
             return print(step_memory(device, args.memory))
         results = dict(command=" ".join(sys.argv), environment=environment(device),
-                       speed=[bench_speed(device, shape, args.rounds, args.steps) for shape in args.shapes],
-                       memory=bench_memory(device))
+                       memory=bench_memory(device),
+                       speed=[bench_speed(device, shape, args.rounds, args.steps) for shape in args.shapes])
         for r in results["speed"]:
             print(f"{r['shape']:6} ours {r['ours']:8,.0f} tokens/s, plain loop {r['plain']:8,.0f}: {r['ratio']:.3f}x")
         m = results["memory"]

@@ -88,12 +88,13 @@ def of_scale(part):
     yield Finding("scale", "A next-token model already knows about later tokens, the more the larger it is (A1)",
                   "marginalised accuracy at t+2, small to large: " + ", ".join(percent(part[x, later]) for x in ladder),
                   verdict(*steps, *above))
-    data = {"translation": "multi30k", "code": ladder[-1], "prose": "shakespeare"}
+    translation, prose = (x for name in ("multi30k", "shakespeare") for x in part.labels if x.startswith(name))
+    data = {"translation": translation, "code": ladder[-2], "prose": prose}
     lost = {name: 1 - part[x, later] / part[x, "model t+1"] for name, x in data.items()}
     yield Finding("scale", "It depends on the text: far more in translation than in open-ended text (A2)",
                   "at t+2 " + ", ".join(f"{name} {percent(part[x, later])}" for name, x in data.items())
                   + "; of its accuracy at t+1 it loses " + ", ".join(f"{lost[n].mean():.0%}" for n in data),
-                  verdict(lost["prose"] - lost["translation"], part["multi30k", later] - part["shakespeare", later]))
+                  verdict(lost["prose"] - lost["translation"], part[translation, later] - part[prose, later]))
 
 
 def by_layer(part, label, distance, reader="probe"):
@@ -341,7 +342,7 @@ def draw_scale(part, plt):
     """Accuracy by distance: of the sizes, of the texts."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
     ladder = [label for label in part.labels if label.startswith("python")]
-    for axis, labels in zip(axes, (ladder, [ladder[-1], "shakespeare", "multi30k"])):
+    for axis, labels in zip(axes, (ladder, [ladder[-2], *(label for label in part.labels if label not in ladder)])):
         for label in labels:
             keys = ["model t+1", *(f"marginalisation t+{d}" for d in (2, 3, 4))]
             line(axis, range(1, 5), 100 * np.stack([part[label, k] for k in keys], 1), label=label)
@@ -451,8 +452,8 @@ def load(folder, size):
     paths = {name: folder / f"study_{size}_{name}.json" for name in FINDINGS}
     parts = {name: Part(path) for name, path in paths.items() if path.exists()}
     if not parts:
-        raise InputError(f"{folder} has no results of size {size} yet; make them with: python experiments/study.py"
-                         f"{' --quick' * (size == 'quick')}")
+        raise InputError(f"{folder} has no results of size {size} yet; make them with: python experiments/study.py "
+                         f"--size {size}")
     if "adapt" in parts:
         adapt = parts["adapt"]
         for label in adapt.labels[1:]:                                      # against the model that it started from

@@ -1,7 +1,7 @@
 """The study: both papers' claims, tried on models small enough to train here.
 
     python experiments/study.py --quick                 # everything within 25 minutes on 2 CPU cores
-    python experiments/study.py                         # the same, larger, for one large GPU
+    python experiments/study.py                         # larger, for one large GPU
     python experiments/study.py --only adapt leap       # some of its parts
     python experiments/findings.py --size quick         # figures and README table from the results, again
 
@@ -62,8 +62,9 @@ class Size:
     ladder: tuple                     # backbones, small to large
     base: Shape                       # the one that all parts but the first are about
     steps: int                        # in which a backbone learns to predict the next token
-    batch_size: int                   # windows of 256 tokens in each
-    adaptation: float                 # compute for adding heads to it, as a share of that
+    batch_size: int                   # windows in each
+    block_size: int                   # tokens of a window
+    lr: float                         # highest learning rate; half of it where heads are added to a backbone
     windows: int                      # held-out windows, with 16 questions each
     probe_steps: int
     prompts: int                      # for decoding
@@ -74,11 +75,11 @@ class Size:
 
 SIZES = dict(
     quick=Size(ladder=(Shape(1, 1, 16), Shape(1, 1, 32), Shape(2, 2, 64), Shape(4, 2, 96)), base=Shape(4, 2, 96),
-               steps=800, batch_size=8, adaptation=0.4, windows=64, probe_steps=150, prompts=32, own_tokens=100_000,
-               plan_bits=8, plan_steps=1000),
+               steps=1200, batch_size=8, block_size=128, lr=1e-2, windows=64, probe_steps=150, prompts=32,
+               own_tokens=60_000, plan_bits=7, plan_steps=700),
     full=Size(ladder=(Shape(2, 2, 64), Shape(4, 2, 128), Shape(6, 4, 256), Shape(8, 8, 512)), base=Shape(6, 4, 256),
-              steps=6000, batch_size=32, adaptation=0.4, windows=256, probe_steps=1000, prompts=64,
-              own_tokens=4_000_000, plan_bits=12, plan_steps=4000))
+              steps=6000, batch_size=32, block_size=256, lr=5e-3, windows=256, probe_steps=1000, prompts=64,
+              own_tokens=4_000_000, plan_bits=10, plan_steps=5000))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -170,15 +171,22 @@ def do_all(pieces, folder, device, jobs):
 def train_run(name, options, init, own):
     """A run of train.py with these options, from another run and on a corpus of the study's folder, if these are given.
     Goes on where it was stopped."""
-    out = Here.folder / name
-    more = [*(["--init", str(Here.folder / init)] if init else []), *(["--data", str(Here.folder / own)] if own else [])]
-    args = train.parse_args([*options, *more, "--out", str(out), "--no-progress", "--device", str(Here.device)])
+    out, sources = Here.folder / name, []
+    options = [*options, "--out", str(out), "--no-progress", "--device", str(Here.device)]
+    if init:
+        options += ["--init", str(Here.folder / init)]
+        sources.append(Here.folder / init / "checkpoint.pt")
+    if own:
+        options += ["--data", str(Here.folder / own)]
+        sources.append(Here.folder / own / "meta.json")
+    args = train.parse_args(options)
     train.check_args(args)
     model = state = None
-    if (out / "checkpoint.pt").exists():
+    if (file := out / "checkpoint.pt").exists() and all(s.stat().st_mtime < file.stat().st_mtime for s in sources):
         model, state = train.load_checkpoint(out)
-        if any(state["args"].get(k) != v for k, v in vars(args).items() if k not in ("device", "compile", "out", "init")):
-            model = state = None                                            # it was another run: start anew
+        wanted = {k: v for k, v in vars(args).items() if k not in ("device", "compile", "out", "init", "data")}
+        if not wanted.items() <= state["args"].items():                     # it was another run: start anew
+            model = state = None
     if state is None or state["step"] < args.steps:
         train.train(args, model, state)
 
@@ -242,8 +250,9 @@ def speed(run, prompts, trees=False):
     """Wall-clock speedup over our own compiled NTP decoder, batch 1: of the chain of all offsets, or also of the tree
     that calibrate finds for this machine."""
     model, corpus = load(run)
-    windows, ways = corpus.windows("val", 64, model.gpt.config.block_size + 1), {"chain": chain(draft_sources(model.offsets))}
+    ways = {"chain": chain(draft_sources(model.offsets))}
     if trees:
+        windows = corpus.windows("val", 64, model.gpt.config.block_size + 1)
         ways["tree"] = calibrate(model, windows[1::2], compile=True, progress=False)["tree"]
     return {f"compiled, {kind}, {way}, {what}": r[what]
             for kind, way, r in written(model, corpus, ways, prompts, rounds=3, compile=True)
@@ -271,7 +280,7 @@ def plan(offsets, seed, bits, steps):
     tokens is right, given those before it, and all of them."""
     def batch(split, batch_size, length, step, seed):
         return parities(bits, batch_size, torch.Generator().manual_seed(1_000_003 * seed + step))
-    args = train.parse_args(["--offsets", ",".join(map(str, offsets)), "--steps", str(steps), "--batch-size", "256",
+    args = train.parse_args(["--offsets", ",".join(map(str, offsets)), "--steps", str(steps), "--batch-size", "128",
                              "--lr", "2e-3", "--device", str(Here.device), "--seed", str(seed)])
     train.check_args(args)
     torch.manual_seed(seed)
@@ -310,16 +319,22 @@ def flops(options):
 
 
 class Study:
-    """The pieces of a size, shared by its parts."""
+    """The pieces of a size, shared by its parts.
+
+    A recipe may spend as much compute (floating point operations) on adding heads to a base as three resblock heads
+    cost when they are trained from scratch along with a backbone, on as much text as the base has read. So from scratch
+    and adapted, models have cost the same in all.
+    """
 
     def __init__(self, size):
         self.size, self.pieces = size, {}                                   # {name: Piece}
-        self.base_flops = size.steps * flops(self.options())[1]
-        self.added = size.adaptation * self.base_flops                      # compute for adaptation
+        self.total = size.steps * flops(self.options(offsets=MTP))[1]       # compute of a model with heads
+        self.added = self.total - size.steps * flops(self.options())[1]     # of it, for adding them to a base
 
     def options(self, shape=None, data="python", offsets="1", **more):
         """Of train.py."""
-        more = {**(shape or self.size.base)._asdict(), "batch_size": self.size.batch_size, **more}
+        size = self.size
+        more = {**(shape or size.base)._asdict(), **dict(batch_size=size.batch_size, block_size=size.block_size), **more}
         flags = [[f"--{k.replace('_', '-')}"] + ([] if v is True else [str(v)]) for k, v in more.items()]
         return ["--data", f"data/{data}", "--offsets", offsets, *sum(flags, [])]
 
@@ -331,7 +346,7 @@ class Study:
     def run(self, name, seed, compute=None, steps=None, warm_up=0.0, init=None, own=None, **options):
         """A training run of so many steps, or of so much compute, of which the share `warm_up` is for the heads alone;
         from the run `init`, on the corpus `own` of this study. -> the piece's name"""
-        options = self.options(**options)
+        options = self.options(**options, lr=self.size.lr / 2 if init else self.size.lr)
         if compute:
             frozen, joint = flops(options)
             alone = round(warm_up * compute / frozen)
@@ -346,11 +361,12 @@ class Study:
     def base(self, seed, shape=None, data="python"):
         """The next-token model of a shape, a corpus and a seed."""
         shape = shape or self.size.base
-        return self.run(f"ntp-{data}-{shape.n_layer}x{shape.n_embd}", seed, steps=self.size.steps, shape=shape, data=data)
+        name = f"ntp-{data}-{shape.n_layer}x{shape.n_embd}"
+        return self.run(name, seed, steps=self.size.steps, shape=shape, data=data)
 
-    def scratch(self, name, offsets, seed, data="python"):
+    def scratch(self, name, offsets, seed):
         """Heads and backbone from scratch, with the compute of a base and its adaptation together."""
-        return self.run(name, seed, compute=self.base_flops + self.added, offsets=offsets)
+        return self.run(name, seed, compute=self.total, offsets=offsets)
 
     def joint(self, name, seed, offsets="1,2,3,4", **options):
         """Heads on a base, with the compute of an adaptation."""
@@ -379,8 +395,10 @@ def scale(study):
     """Paper A, claims 1 and 2: what next-token models know about later tokens, by their size and by the text."""
     for shape in study.size.ladder:
         yield f"python, {shape.n_layer} x {shape.n_embd}", [study.foresight(study.base(s, shape)) for s in SEEDS]
+    shape = study.size.ladder[-2]
     for data in ("shakespeare", "multi30k"):
-        yield data, [study.foresight(study.base(s, data=data)) for s in SEEDS]
+        label = f"{data}, {shape.n_layer} x {shape.n_embd}"
+        yield label, [study.foresight(study.base(s, shape, data)) for s in SEEDS]
 
 
 MTP, LEAP2, LEAP3 = "1,2,3,4", "1,3,5,7", "1,4,7,10"
@@ -388,9 +406,9 @@ MTP, LEAP2, LEAP3 = "1,2,3,4", "1,3,5,7", "1,4,7,10"
 
 def layers(study):
     """Paper A, claim 3: what each layer knows, of a model trained for the next token, and of one with heads."""
-    for label, runs in (("NTP", [study.base(s) for s in SEEDS]), ("MTP", [study.scratch("mtp", MTP, s) for s in SEEDS])):
-        yield label, [study.measured(read_layers, r, windows=study.size.windows, probe_steps=study.size.probe_steps)
-                      for r in runs]
+    how = dict(windows=study.size.windows, probe_steps=study.size.probe_steps)
+    yield "NTP", [study.measured(read_layers, study.base(s), **how) for s in SEEDS]
+    yield "MTP", [study.measured(read_layers, study.scratch("mtp", MTP, s), **how) for s in SEEDS]
 
 
 RECIPES = {                                                                 # label: options of train.py
@@ -433,7 +451,7 @@ def leap(study):
 
 def planning(study):
     """A task in which looking ahead matters by construction: next-token training against heads that look further."""
-    for label, offsets in (("NTP", "1"), ("MTP", MTP), ("leap k=2", LEAP2), ("leap k=3", LEAP3)):
+    for label, offsets in (("NTP", "1"), ("MTP", MTP), ("leap k=2", LEAP2)):
         yield label, [study.add(f"plan-{label.replace(' ', '-')}-s{s}", plan, dict(
             offsets=tuple(map(int, offsets.split(","))), seed=s, bits=study.size.plan_bits,
             steps=study.size.plan_steps)) for s in SEEDS]
@@ -441,10 +459,8 @@ def planning(study):
 
 def backbone(study):
     """What heads do to the next-token model itself, from scratch: with the same text, and with the same compute."""
-    compute = study.base_flops + study.added
-    steps = round(compute / flops(study.options(offsets=MTP))[1])
-    yield "NTP, same text", [study.foresight(study.run("ntp-same-text", s, steps=steps)) for s in SEEDS]
-    yield "NTP, same compute", [study.foresight(study.run("ntp-same-compute", s, compute)) for s in SEEDS]
+    yield "NTP, same text", [study.foresight(study.base(s)) for s in SEEDS]
+    yield "NTP, same compute", [study.foresight(study.run("ntp-same-compute", s, study.total)) for s in SEEDS]
     for label, name, offsets in (("MTP", "mtp", MTP), ("leap k=2", "leap2", LEAP2), ("leap k=3", "leap3", LEAP3)):
         yield label, [study.foresight(study.scratch(name, offsets, s)) for s in SEEDS]
 
@@ -481,7 +497,9 @@ def parse_args():
         description="Try both papers' claims on small models: train them, measure them, and write results, figures and "
                     "the README's table. It can be stopped at any time; the same command goes on.",
         epilog="parts: " + "; ".join(f"{name}: {f.__doc__.splitlines()[0]}" for name, f in PARTS.items()))
-    p.add_argument("--quick", action="store_true", help="the same study at a size for 2 CPU cores and 25 minutes")
+    p.add_argument("--size", choices=list(SIZES), default="full", help="quick: within 25 minutes on 2 CPU cores; "
+                   "full: for one large GPU")
+    p.add_argument("--quick", dest="size", action="store_const", const="quick", help="the same as --size quick")
     p.add_argument("--only", nargs="+", choices=list(PARTS), metavar="PART", default=list(PARTS),
                    help="do these parts only: %(choices)s")
     p.add_argument("--jobs", type=int, default=argparse.SUPPRESS,
@@ -500,8 +518,9 @@ def main():
     """Do the study; bad input is one line and status 2, a stopped study status 130."""
     args = parse_args()
     with train.one_line_errors("study.py", memory="--jobs"):
-        name = "quick" if args.quick else "full"
-        device = train.pick_device(args.device)
+        name, device = args.size, train.pick_device(args.device)
+        if name == "full" and device.type == "cpu":
+            print("the full study would take days without a GPU; there is --quick", file=sys.stderr)
         jobs = getattr(args, "jobs", min(8, os.cpu_count()))
         if jobs < 1:
             raise InputError("--jobs must be at least 1")
@@ -519,10 +538,10 @@ def main():
             for piece in pieces:
                 print(f"{'done' if piece.name in done else '':5}{piece.name}")
             return
-        for data in ("python", "shakespeare", "multi30k") if "scale" in rows else ("python",):
-            if not (ROOT / "data" / data / "meta.json").exists():
-                prepare(data)
-            Corpus(f"data/{data}")                                          # what is wrong with it is said now
+        for data in sorted({piece.arguments["options"][1] for piece in pieces if piece.function is train_run}):
+            if not (ROOT / data / "meta.json").exists():
+                prepare(Path(data).name)
+            Corpus(data)                                                    # what is wrong with it is said now
         signal.signal(signal.SIGTERM, signal.default_int_handler)           # as Ctrl-C
         try:
             do_all(pieces, folder, device, jobs)
@@ -533,7 +552,7 @@ def main():
             for part, part_rows in rows.items():
                 if all(n in results for _, names in part_rows for n in names):
                     train.write_whole(results_folder / f"study_{name}_{part}.json", json.dumps(dict(
-                        part=part, size=name, command=f"python experiments/study.py{' --quick' * args.quick} --only {part}",
+                        part=part, size=name, command=f"python experiments/study.py --size {name} --only {part}",
                         environment=train.environment(device), settings=asdict(study.size), seeds=SEEDS,
                         rows=table(part_rows, study.pieces, results)), indent=1) + "\n")
         print(f"next: python experiments/findings.py --size {name}")

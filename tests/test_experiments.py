@@ -56,11 +56,14 @@ def test_bad_options_of_the_marginalisation_benchmark_are_one_line(options, word
     assert_one_line_error(command("experiments/bench_marginalize.py", "--device", "cpu", *options), word)
 
 
-def test_the_training_benchmark_compares_time_and_memory():
-    result = command("experiments/bench_train.py", "--device", "cpu", "--shapes", "toy", "--rounds", 1, "--steps", 1)
+def test_the_training_benchmark_compares_time_and_memory(tmp_path):
+    result = command("experiments/bench_train.py", "--device", "cpu", "--shapes", "toy", "--rounds", 1, "--steps", 1,
+                     "--out", tmp_path / "bench.json")
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout.splitlines()[-1])
-    assert found["speed"][0]["ours"] > 0 and found["speed"][0]["plain"] > 0
+    assert json.loads((tmp_path / "bench.json").read_text()) == found
+    speed, memory = found["speed"][0], found["memory"]
+    assert speed["ratio"] == speed["ours"] / speed["plain"] and memory["ratio"] == memory["eight_heads"] / memory["ntp"]
     assert 0.9 < found["memory"]["ratio"] < 1.5 and found["memory"]["ntp"] > 8 * 256 * 50257 * 4    # logits, at least
     assert_one_line_error(command("experiments/bench_train.py", "--rounds", 0), "at least 1")
 

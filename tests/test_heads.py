@@ -130,10 +130,11 @@ def test_a_head_reads_the_weighted_sum_of_all_normalised_layers():
 
 
 def test_the_weighting_starts_with_half_on_the_last_layer_and_is_learned():
-    model = tiny_model((1, 3), whs=True, untrained=True)
-    assert model.layer_weights()[3] == pytest.approx([0.5, 0.5])            # of two layers
+    model = MultiTokenGPT(tiny_gpt(n_layer=4), HeadsConfig((1, 3, 5), whs=True))
+    assert model.layer_weights() == {o: pytest.approx([1 / 6, 1 / 6, 1 / 6, 1 / 2]) for o in (3, 5)}
     joint_loss(model, torch.randint(0, 31, (2, 24)), backward=True)
     assert model.mixes["3"].grad.abs().min() > 0
+    assert not torch.equal(model.mixes["3"].grad, model.mixes["5"].grad)    # each head has its own
 
 
 # The joint loss

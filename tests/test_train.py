@@ -17,8 +17,8 @@ from conftest import ROOT, TINY, assert_one_line_error, command, tiny_gpt, tiny_
 from data.loader import Corpus
 from heads import HeadsConfig, MultiTokenGPT, joint_loss
 from model import InputError
-from train import (check_args, compute_gradients, evaluate, load_checkpoint, lr_factor, make_optimizers, parse_args,
-                   recipe, save_checkpoint, start_from, trim_metrics)
+from train import (bars, check_args, compute_gradients, evaluate, load_checkpoint, lr_factor, make_model,
+                   make_optimizers, parse_args, recipe, save_checkpoint, start_from, trim_metrics)
 
 
 def weights(folder):
@@ -98,7 +98,7 @@ def test_the_learning_rate_warms_up_and_follows_a_cosine():
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_every_parameter_belongs_to_exactly_one_optimizer(name):
-    model = tiny_model(kind="block")
+    model = tiny_model(kind="block", whs=True)
     optimizers = make_optimizers(model, name, 1e-3, 0.1)
     held = [id(p) for o in optimizers for group in o.param_groups for p in group["params"]]
     assert sorted(held) == sorted(id(p) for p in model.parameters())
@@ -150,12 +150,13 @@ def test_head_warm_up_freezes_the_backbone_first_and_then_trains_both(corpus):
     assert changed(model, before) == {"heads", "backbone"}
 
 
-def test_differential_learning_rates_scale_the_backbones_updates_only(corpus):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_differential_learning_rates_scale_the_backbones_updates_only(optimizer, corpus):
     moved = {}
     for share in (1.0, 0.25):
         model = tiny_model((1, 3), vocab_size=257, block_size=32).train()
         before = copy_of(model)
-        step_by_step(model, corpus, settings("--backbone-lr", share, "--batch-size", 2, "--optimizer", "adamw"))
+        step_by_step(model, corpus, settings("--backbone-lr", share, "--batch-size", 2, "--optimizer", optimizer))
         moved[share] = {k: v - before[k] for k, v in model.state_dict().items()}
     for k in moved[1.0]:
         ratio = 0.25 if k.startswith("gpt.") else 1.0
@@ -172,6 +173,9 @@ def test_the_weight_of_the_heads_can_be_constant_ramped_and_per_offset():
     assert weights_at(0, *options, "--head-ramp", 10) == pytest.approx({1: 1.0, 3: 0.05, 5: 0.005})
     assert weights_at(9, *options, "--head-ramp", 10) == weights_at(50, *options, "--head-ramp", 10) == {
         1: 1.0, 3: 0.5, 5: 0.05}
+    both = (*options, "--head-ramp", 10, "--head-warmup", 20)               # the ramp begins where both begin to train
+    assert weights_at(19, *both) == {1: 0.0, 3: 0.5, 5: 0.05} and weights_at(29, *both)[3] == 0.5
+    assert weights_at(20, *both) == pytest.approx({1: 1.0, 3: 0.05, 5: 0.005})
 
 
 def test_a_curriculum_adds_or_removes_offsets_in_equal_parts_of_the_run():
@@ -242,6 +246,28 @@ def test_a_run_can_start_from_gpt2_weights(corpus, tmp_path):
     assert result.returncode == 0, result.stderr
     model, state = load_checkpoint(tmp_path / "run")
     assert all(torch.equal(a, b) for a, b in zip(gpt.parameters(), model.gpt.parameters()))
+
+
+def test_a_start_has_the_dropout_of_this_run_and_knows_the_corpus(corpus, tmp_path):
+    tiny_gpt(vocab_size=257, dropout=0.5).save_pretrained(tmp_path / "gpt2")
+    for dropout in (0.0, 0.25):
+        model = make_model(settings("--init", tmp_path / "gpt2", "--dropout", dropout), Corpus(corpus))
+        assert {m.dropout for m in (model.gpt.config, *model.modules()) if hasattr(m, "dropout")} == {dropout}
+    tiny_gpt(vocab_size=31).save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(InputError, match="does not know .* 257 tokens"):
+        make_model(settings("--init", tmp_path / "gpt2"), Corpus(corpus))
+
+
+def test_weighted_hidden_states_are_reported_and_drawn_from_the_start_on(corpus, tmp_path):
+    result = command("train.py", "--data", corpus, "--out", tmp_path / "run", "--offsets", "1,3", "--whs",
+                     "--own-unembedding", "--steps", 2, "--lr", 0.1, *TINY)
+    assert result.returncode == 0, result.stderr
+    assert load_checkpoint(tmp_path / "run")[0].heads_config == HeadsConfig((1, 3), own_unembedding=True, whs=True)
+    start, end = (r["layer_weights"]["3"] for r in records(tmp_path / "run") if "layer_weights" in r)
+    assert start == [0.5, 0.5] and end != start and sum(end) == pytest.approx(1)
+    lines = [line for line in result.stdout.splitlines() if "reads layers 1 to 2" in line]
+    assert len(lines) == 2 and f"{bars(start)}  50% 50%" in lines[0] and bars(end) in lines[1]
+    assert bars([0, 0.25, 0.5, 1]) == " ▂▄█"
 
 
 # Stopping and going on
@@ -432,8 +458,8 @@ def torchrun(*arguments):
 
 
 def losses_of(folder):
-    """The loss of every offset at every step that was logged."""
-    return {r["step"]: r["loss"] for r in records(folder) if "loss" in r}
+    """The loss of every offset and the norm of the gradient at every step that was logged."""
+    return {r["step"]: {**r["loss"], "norm": r["grad_norm"]} for r in records(folder) if "loss" in r}
 
 
 @pytest.fixture(scope="module")
@@ -487,6 +513,14 @@ def test_each_process_reads_its_share_and_gradients_travel_in_one_piece(corpus, 
     assert calls == [sum(p.numel() for p in model.parameters()) + 4]        # and the four losses
 
 
+def test_several_processes_stop_together_when_one_is_asked_to(corpus, tmp_path):
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    status, stderr = run_until_step([*launch, *start(corpus, tmp_path / "run", 100_000)], tmp_path / "run", 5,
+                                    signal.SIGTERM)
+    assert status != 0 and stderr.count("stopped; go on with") == 1
+    assert 5 <= load_checkpoint(tmp_path / "run")[1]["step"] < 100_000
+
+
 def test_a_batch_that_cannot_be_shared_is_one_line(corpus, tmp_path):
     result = torchrun("train.py", "--data", corpus, "--out", tmp_path / "run", *TINY, "--batch-size", 3)
     assert result.returncode != 0 and result.stderr.count("--batch-size 3 cannot be shared by 2 processes") == 1
@@ -506,7 +540,10 @@ def test_a_batch_that_cannot_be_shared_is_one_line(corpus, tmp_path):
     (["--offset-weights", "2"], ["2:1,3:0.5"]), (["--offset-weights", "9:1"], ["--offset-weights"]),
     (["--offset-weights", "2:-1"], ["--offset-weights"]), (["--backbone-lr", "-1"], ["--backbone-lr"]),
     (["--head-warmup", "999999"], ["--head-warmup"]), (["--backbone-lr", "0", "--offsets", "1"], ["train nothing"]),
-    (["--curriculum", "forward", "--head-warmup", "5"], ["train nothing"]), (["--curriculum", "up"], ["--curriculum"])])
+    (["--curriculum", "forward", "--head-warmup", "5"], ["train nothing"]), (["--curriculum", "up"], ["--curriculum"]),
+    (["--curriculum", "reverse", "--backbone-lr", "0"], ["train nothing"]), (["--init", ""], ["--init"]),
+    (["--curriculum", "reverse", "--head-warmup", "2000"], ["step 2000", "train nothing"]),
+    (["--backbone-lr", "0"], ["learnt nothing"]), (["--eval-windows", str(10**15)], ["memory"])])
 def test_bad_options_are_one_line(options, words, corpus, tmp_path):
     data = [] if "--data" in options else ["--data", corpus]
     assert_one_line_error(command("train.py", *data, "--out", tmp_path / "run", *TINY, *options), *words)
