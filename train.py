@@ -641,7 +641,7 @@ def check_args(args):
                            head_warmup=args.steps, head_ramp=2**63, seed=2**63 - 1).items():
         if not 0 <= getattr(args, name) <= most:
             raise InputError(f"--{name.replace('_', '-')} must be in 0..{most:g}, not {getattr(args, name)}")
-    for step in {0, max(0, args.head_warmup - 1), args.steps - 1}:          # where fewest heads train without it
+    for step in (0, max(0, args.head_warmup - 1), args.steps - 1):          # where fewest heads train without it
         if not any(recipe(args, args.offsets, step)[0].values()):
             raise InputError(f"step {step + 1} would train nothing: while the backbone is frozen there must be heads "
                              "that train, with --curriculum and --offset-weights as well")

@@ -106,15 +106,17 @@ def by_layer(part, label, distance, reader="probe"):
 def of_layers(part):
     """Paper A, claim 3."""
     one, two, heads = by_layer(part, "NTP", 1), by_layer(part, "NTP", 2), by_layer(part, "MTP", 2)
+
+    def upper(probes):                                                      # what the upper half of the layers adds
+        return probes[-1] - probes[len(probes) // 2]
     yield Finding("layers", "What is useful for t+2 is discarded on the way up (A3)",
                   f"probe for t+2, layer by layer: {', '.join(f'{m:.1%}' for m in two.mean(1))}",
                   verdict(two[1:-1].max(0) - two[-1]))
     yield Finding("layers", "Layers specialise for the next token: the upper half does more for t+1 than for t+2, and "
                   "for t+2 more where heads were trained along (A3)",
-                  f"gain of the upper half of the layers: t+1 {percent(one[-1] - one[len(one) // 2])}, t+2 "
-                  f"{percent(two[-1] - two[len(two) // 2])}; with heads t+2 {percent(heads[-1] - heads[len(heads) // 2])}",
-                  verdict(one[-1] - one[len(one) // 2] - (two[-1] - two[len(two) // 2]),
-                          heads[-1] - heads[len(heads) // 2] - (two[-1] - two[len(two) // 2])))
+                  f"probes gain in the upper half of the layers: t+1 {percent(upper(one))}, t+2 {percent(upper(two))}; "
+                  f"with heads t+2 {percent(upper(heads))}",
+                  verdict(upper(one) - upper(two), upper(heads) - upper(two)))
 
 
 def of_adapt(part):
@@ -133,8 +135,9 @@ def of_adapt(part):
         return (f"t+2 {percent(head[a])} against {percent(head[b])}; NTP lost {spread(lost[a], 3)} against "
                 f"{spread(lost[b], 3)} nats")
     yield Finding("adapt", "Heads on a frozen backbone stay below marginalisation (A3)",
-                  f"t+2: the best frozen heads ({best(frozen).removeprefix('frozen, ')}) {percent(frozen[best(frozen)])}, "
-                  f"marginalised {percent(known)}", verdict(*(known - h for h in frozen.values())))
+                  f"t+2: the best frozen heads ({best(frozen).removeprefix('frozen, ')}) "
+                  f"{percent(frozen[best(frozen)])}, marginalised {percent(known)}",
+                  verdict(*(known - h for h in frozen.values())))
     yield Finding("adapt", "Training heads and backbone jointly helps (A4)",
                   against("joint, weight 1", "frozen, resblock heads"),
                   verdict(head["joint, weight 1"] - head["frozen, resblock heads"]))
@@ -148,7 +151,8 @@ def of_adapt(part):
         yield Finding("adapt", claim, against(a, b), verdict(head[a] - head[b]))
     others = [h for label, h in adapted.items() if label != "+ WHS"]
     yield Finding("adapt", "WHS with joint training and differential rates is best of all (A5)",
-                  f"t+2 {percent(head['+ WHS'])}; the best of all is '{best(adapted)}', {percent(adapted[best(adapted)])}",
+                  f"t+2 {percent(head['+ WHS'])}; the best of all is '{best(adapted)}', "
+                  f"{percent(adapted[best(adapted)])}",
                   verdict(head["+ WHS"] - np.max(others, axis=0)))
     yield Finding("adapt", "From scratch beats adapting, at the same compute in all (A6, an open question there)",
                   against("from scratch", best(adapted)), verdict(head["from scratch"] - head[best(adapted)]))
@@ -186,31 +190,34 @@ def of_leap(part):
     yield Finding("leap", "Accuracy falls with the offset (B5, attenuation)", "; ".join(
         f"{m}: " + ", ".join(f"{part[m, f'accuracy of offset {o}'].mean():.0%}" for o in offsets)
         for m, offsets in OFFSETS.items()), verdict(*falls))
-    for way in ("chain", "tree"):
-        kinds = ("real text", "greedy", "sampled")
-        gain = {k: part["leap k=2", f"{k}, {way}"] - part["MTP", f"{k}, {way}"] for k in kinds}
-        name = dict(chain="as many heads", tree="as many heads, in a tree of 15 candidates each")[way]
-        yield Finding("leap", f"Leaping writes more tokens per step than adjacent heads, {name} (B3)",
-                      "; ".join(f"{k}: MTP {part['MTP', f'{k}, {way}'].mean():.2f}, k=2 {part['leap k=2', f'{k}, {way}'].mean():.2f}, "
-                                f"k=3 {part['leap k=3', f'{k}, {way}'].mean():.2f}" for k in kinds), verdict(*gain.values()))
+    for way, name in (("chain", ""), ("tree", ", in a tree of 15 candidates each")):
+        kinds = [f"{kind}, {way}" for kind in ("real text", "greedy", "sampled")]
+        said = {}                                                           # {verdict: kinds of text}
+        for k in kinds:
+            said.setdefault(verdict(part["leap k=2", k] - part["MTP", k]), []).append(k.split(",")[0])
+        yield Finding("leap", f"Leaping writes more tokens per step than as many adjacent heads{name} (B3)", "; ".join(
+            f"{k.split(',')[0]}: " + ", ".join(f"{m} {part[m, k].mean():.2f}" for m in OFFSETS) for k in kinds),
+            "; ".join(v + f" ({', '.join(some)})" * (len(said) > 1) for v, some in said.items()))
     measured = part["leap k=2", "real text, chain"] - part["MTP", "real text, chain"]
     g, even = attenuation(part, "MTP"), break_even(OFFSETS["MTP"], OFFSETS["leap k=2"])
     right = np.where((g < even) == (measured > 0), 1.0, -1.0)
     yield Finding("leap", "The break-even of attenuation says whether leaping wins (B5)",
-                  f"g = {spread(g)}, break-even {even:.2f}: {'leap' if g.mean() < even else 'MTP'} should win; on real text "
-                  f"leap k=2 writes {spread(measured)} tokens per step more", verdict(right))
-    over = {m: part[m, "formula, chain"] - part[m, "real text, chain"] for m in OFFSETS}
-    yield Finding("leap", "The formula foretells tokens per step (B5)", "formula with measured acceptances, and measured, "
-                  "on the same text: " + "; ".join(f"{m} {part[m, 'formula, chain'].mean():.2f}, "
-                                                   f"{part[m, 'real text, chain'].mean():.2f}" for m in OFFSETS),
-                  "reproduced" if all(abs(d).max() < 0.05 for d in over.values()) else "not reproduced")
+                  f"g = {spread(g)}, break-even {even:.2f}: {'leap' if g.mean() < even else 'MTP'} should win; on real "
+                  f"text leap k=2 writes {spread(measured)} tokens per step more", verdict(right))
+    formula, real = ({m: part[m, f"{kind}, chain"] for m in OFFSETS} for kind in ("formula", "real text"))
+    yield Finding("leap", "The formula foretells tokens per step, to 0.05 (B5)",
+                  "formula, with acceptances measured on the same text, against a decoder that walks along it: "
+                  + "; ".join(f"{m} {formula[m].mean():.2f} against {real[m].mean():.2f}" for m in OFFSETS),
+                  verdict(*(0.05 - abs(formula[m] - real[m]) for m in OFFSETS)))
     one, two = "leap k=2 on a base, one stage", "leap k=2 on a base, two stages"
-    yield Finding("leap", "L-MTP's two stages are better than one (B2)",
+    yield Finding("leap", "L-MTP's two stages cost the model less than one, for as many tokens per step (to 0.05; B2)",
                   f"tokens per step on real text {spread(part[two, 'real text, chain'])} against "
-                  f"{spread(part[one, 'real text, chain'])}; held-out nats of NTP {spread(part[two, 'nats'], 3)} against "
-                  f"{spread(part[one, 'nats'], 3)}", verdict(part[two, "real text, chain"] - part[one, "real text, chain"]))
+                  f"{spread(part[one, 'real text, chain'])}; next-token loss {spread(part[two, 'nats'], 3)} against "
+                  f"{spread(part[one, 'nats'], 3)} nats",
+                  verdict(part[one, "nats"] - part[two, "nats"],
+                          part[two, "real text, chain"] - part[one, "real text, chain"] + 0.05))
     speeds = {m: {k: part[m, f"compiled, {k}, chain, speedup"] for k in ("greedy", "sampled")} for m in OFFSETS}
-    yield Finding("leap", "... and is faster in wall-clock (one seed)", "; ".join(
+    yield Finding("leap", "Leaping is faster than as many adjacent heads in wall-clock (one seed)", "; ".join(
         f"{m}: greedy {s['greedy'][0]:.2f}x, sampled {s['sampled'][0]:.2f}x" for m, s in speeds.items()),
         verdict(*(speeds["leap k=2"][k] - speeds["MTP"][k] for k in ("greedy", "sampled"))))
 
@@ -220,34 +227,38 @@ def of_planning(part):
     first = {label: part[label, "token 1"] for label in part.labels}
     shown = ", ".join(f"{label} {percent(f)}" for label, f in first.items())
     n = sum(k.startswith("token") for k in part.values["NTP"])
-    yield Finding("planning", "Next-token training fails where the first token needs the whole plan; multi-token training does not",
-                  f"first token of reversed parities of {n} bits (chance: 50%): {shown}",
-                  verdict(0.6 - first["NTP"], first["MTP"] - first["NTP"] - 0.1))
-    yield Finding("planning", "Leaping heads, which look further, learn it at least as well as adjacent ones",
-                  f"whole answers: " + ", ".join(f"{label} {percent(part[label, 'whole answer'])}" for label in part.labels),
-                  verdict(part["leap k=2", "whole answer"] - part["MTP", "whole answer"] + 0.005))
+    yield Finding("planning", "Next-token training fails where the first token needs the whole plan (under 60%); "
+                  "multi-token training does not (over 90%)",
+                  f"first token of reversed running parities of {n} bits (chance: 50%): {shown}",
+                  verdict(0.6 - first["NTP"], first["MTP"] - 0.9))
+    whole = {label: part[label, "whole answer"] for label in part.labels}
+    yield Finding("planning", "Leaping heads, which look further, learn it as well (to half a percent) or better",
+                  "whole answers: " + ", ".join(f"{label} {percent(w)}" for label, w in whole.items()),
+                  verdict(whole["leap k=2"] - whole["MTP"] + 0.005))
 
 
 def of_backbone(part):
     """What heads do to the model itself."""
-    shown = "held-out nats of the next token: " + ", ".join(f"{label} {spread(part[label, 'nats'], 3)}" for label in part.labels)
-    yield Finding("backbone", "The multi-token loss makes the next-token model itself better", shown,
-                  verdict(part["NTP, same text", "nats"] - part["MTP", "nats"]))
+    nats = {label: part[label, "nats"] for label in part.labels}
+    yield Finding("backbone", "The multi-token loss makes the next-token model itself better",
+                  "nats of the next token: " + ", ".join(f"{label} {spread(n, 3)}" for label, n in nats.items()),
+                  verdict(nats["NTP, same text"] - nats["MTP"]))
 
 
 def of_headline(part):
     """The fastest decoder."""
     (label,) = part.labels
-    v = {k: part[label, f"compiled, {k}"][0] for k in (
-        "greedy, chain, speedup", "greedy, chain, tokens_per_step", "greedy, tree, speedup", "greedy, tree, tokens_per_step",
-        "sampled, chain, speedup", "sampled, tree, speedup", "greedy, NTP, tokens_per_second", "real text, chain")}
-    best = max(v["greedy, chain, speedup"], v["greedy, tree, speedup"])
-    yield Finding("headline", "Byte-level headline: 5x over our own compiled NTP decoder, on held-out code",
-                  f"greedy: {v['greedy, chain, speedup']:.2f}x as a chain of 8 ({v['greedy, chain, tokens_per_step']:.2f} "
-                  f"tokens per step), {v['greedy, tree, speedup']:.2f}x calibrated "
-                  f"({v['greedy, tree, tokens_per_step']:.2f}); temperature 1: {v['sampled, chain, speedup']:.2f}x and "
-                  f"{v['sampled, tree, speedup']:.2f}x; real text {v['real text, chain']:.2f} tokens per step",
-                  "reached" if best >= 5 else "missed")
+
+    def shown(way):
+        v = {k: part[label, f"compiled, {k}"][0] for k in (
+            *(f"{kind}, {way}, {what}" for kind in ("greedy", "sampled") for what in ("speedup", "tokens_per_step")),
+            f"greedy, {way}, block", f"real text, {way}")}
+        return (f"{way} of {v[f'greedy, {way}, block']:.0f}: " + ", ".join(
+            f"{kind} {v[f'{kind}, {way}, speedup']:.2f}x ({v[f'{kind}, {way}, tokens_per_step']:.2f} tokens per step)"
+            for kind in ("greedy", "sampled")) + f", {v[f'real text, {way}']:.2f} on real text")
+    best = max(part[label, f"compiled, greedy, {way}, speedup"][0] for way in ("chain", "tree"))
+    yield Finding("headline", "Our aim: 5x over our own compiled NTP decoder, greedy, on held-out code, byte by byte",
+                  f"{shown('chain')}; calibrated {shown('tree')}", "reached" if best >= 5 else "missed")
 
 
 FINDINGS = dict(scale=of_scale, layers=of_layers, adapt=of_adapt, leap=of_leap, planning=of_planning,
@@ -273,8 +284,9 @@ COLUMNS = dict(                                                             # pa
     planning=[("whole answer", "whole answer", percent), ("first token", "token 1", percent),
               ("second", "token 2", percent), ("third", "token 3", percent)],
     backbone=[("nats", "nats", lambda v: spread(v, 3)), ("accuracy", "accuracy of offset 1", percent)],
-    headline=[(f"{kind}, {way}: {title}", f"compiled, {kind}, {way}, {key}", spread) for kind in ("greedy", "sampled")
-              for way in ("chain", "tree") for title, key in (("tokens/step", "tokens_per_step"), ("speedup", "speedup"))])
+    headline=[(f"{kind}, {way}: {title}", f"compiled, {kind}, {way}, {key}", spread)
+              for kind in ("greedy", "sampled") for way in ("NTP", "chain", "tree")
+              for title, key in (("tokens/s", "tokens_per_second"), ("tokens/step", "tokens_per_step"))])
 
 
 def columns(name, part):
@@ -292,14 +304,21 @@ def tables(parts, size):
              "lowest and the highest; accuracies in %. How each row was trained stands below its table.", ""]
     for name, part in parts.items():
         shown, r = columns(name, part), part.results
-        lines += [f"## {name}", "", f"`{r['command']}`, {r['environment']['date']}, torch {r['environment']['torch']}, "
-                  f"{r['environment']['device_name']}", "", "| | " + " | ".join(t for t, _, _ in shown) + " |",
+        where = r["environment"]
+        lines += [f"## {name}", "", f"`{r['command']}`, {where['date']}, torch {where['torch']}, "
+                  f"{where['device_name']}, {where['threads']} threads", "", "| | " + " | ".join(title for title, _, _ in shown) + " |",
                   "|---" * (1 + len(shown)) + "|"]
         for label in part.labels:
             cells = [form(part[label, key]) if key in part.values[label] else "" for _, key, form in shown]
             lines.append(f"| {label} | " + " | ".join(cells) + " |")
         lines += ["", f"![{name}](study_{size}_{name}.png)", ""]
-        lines += [f"- {row['label']}: " + "; ".join(f"`{o}`" for o in row["train"]) for row in r["rows"] if row["train"]]
+        for label in part.labels:
+            for key in (k for k in part.values[label] if k.startswith("layer weights")):
+                shares = " ".join(f"{share:.0%}" for share in part[label, key].mean(0))
+                lines.append(f"- {label}: the head of offset {key.split()[-1]} reads layers 1 to "
+                             f"{part[label, key].shape[1]} with {shares}")
+        lines += [f"- {row['label']}: " + ", then ".join(f"`{options}`" for options in row["train"].values())
+                  for row in r["rows"] if row["train"]]
         lines.append("")
     return "\n".join(lines)
 
@@ -310,7 +329,8 @@ def findings_table(parts, size):
     for name, part in parts.items():
         for f in FINDINGS[name](part):
             figure = f"experiments/results/study_{size}_{name}"
-            lines.append(f"| {f.claim} | {f.measured} | **{f.verdict}** [figure]({figure}.png), [result]({figure}.json) |")
+            lines.append(f"| {f.claim} | {f.measured} | **{f.verdict}** ([figure]({figure}.png), "
+                         f"[result]({figure}.json)) |")
     return "\n".join([*lines, "<!-- end of findings -->"])
 
 
@@ -320,15 +340,16 @@ MARKED = re.compile(r"<!-- findings: (\w+) -->.*?<!-- end of findings -->", re.D
 # ---------------------------------------------------------------------------------------------------------------------
 # The figures: one per part, plt being matplotlib.pyplot. Every seed is a point, lines and bars are means.
 
-def dots(axis, part, labels, key, factor=1.0, color="C0", name=None):
-    """A row for each label, a dot for each seed and a line at their mean."""
-    for y, label in enumerate(reversed(labels)):
-        if key in part.values[label]:
+def dots(axis, part, key, factor=1.0, color="C0", labels=None):
+    """A row for each label of the part; in those that have the number (or in `labels`), a dot for each seed and a line
+    at their mean."""
+    for y, label in enumerate(reversed(part.labels)):
+        if key in part.values[label] and label in (labels or part.labels):
             values = factor * part[label, key]
             axis.plot(values, [y] * len(values), "o", color=color, alpha=0.5, markersize=5)
-            axis.plot([values.mean()] * 2, [y - 0.3, y + 0.3], color=color, linewidth=2, label=name)
-            name = None
-    axis.set_yticks(range(len(labels)), list(reversed(labels)))
+            axis.plot([values.mean()] * 2, [y - 0.3, y + 0.3], color=color, linewidth=2)
+    axis.set_yticks(range(len(part.labels)), list(reversed(part.labels)))
+    axis.set_ylim(-0.6, len(part.labels) - 0.4)
     axis.grid(axis="y", alpha=0.3)
 
 
@@ -346,9 +367,9 @@ def draw_scale(part, plt):
         for label in labels:
             keys = ["model t+1", *(f"marginalisation t+{d}" for d in (2, 3, 4))]
             line(axis, range(1, 5), 100 * np.stack([part[label, k] for k in keys], 1), label=label)
-        axis.set(xlabel="distance (tokens ahead)", xticks=range(1, 5), ylim=(0, None))
+        axis.set(xlabel="distance (tokens ahead)", xticks=range(1, 5))
         axis.legend(fontsize=8)
-    axes[0].set(title="by size", ylabel="top-1 accuracy, marginalised, %")
+    axes[0].set(title="by size", ylabel="top-1 accuracy, marginalised, %", ylim=(0, None))
     axes[1].set(title="by text, at one size")
     return figure
 
@@ -361,7 +382,8 @@ def draw_layers(part, plt):
             for reader, style in (("probe", "-"), ("lens", ":")):
                 values = 100 * by_layer(part, label, d, reader).T           # (seeds, layers)
                 line(axis, range(values.shape[1]), values, color=color, linestyle=style, label=f"t+{d}, {reader}")
-        axis.set(xlabel="layer (0: the embeddings)", title=f"trained as {label}", ylim=(0, None))
+        axis.set(xlabel="layer (0: the embeddings)", title=f"trained as {label}", ylim=(0, None),
+                 xticks=range(values.shape[1]))
         axis.legend(fontsize=8)
     axes[0].set_ylabel("top-1 accuracy, %")
     return figure
@@ -370,13 +392,11 @@ def draw_layers(part, plt):
 def draw_adapt(part, plt):
     """What each recipe's heads reach, and what it costs."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 5), sharey=True, layout="constrained")
-    dots(axes[0], part, part.labels, "own head t+2", 100)
-    dots(axes[0], part, part.labels[:1], "marginalisation t+2", 100, "C3")
+    dots(axes[0], part, "own head t+2", 100)
+    dots(axes[0], part, "marginalisation t+2", 100, "C3", part.labels[:1])
     axes[0].axvline(100 * part[part.labels[0], "marginalisation t+2"].mean(), color="C3", linestyle="--", linewidth=1)
-    dots(axes[1], part, part.labels, "lost", 1, "C1")
+    dots(axes[1], part, "lost", 1, "C1")
     axes[1].axvline(0, color="gray", linewidth=1)
-    for axis in axes:
-        axis.set_yticks(range(len(part.labels)), list(reversed(part.labels)))
     axes[0].set(xlabel="accuracy of the heads at t+2, %", title="what the heads reach (dashed: marginalisation)")
     axes[1].set(xlabel="nats", title="what next-token prediction lost")
     return figure
@@ -406,11 +426,13 @@ def draw_leap(part, plt):
 def draw_planning(part, plt):
     """Accuracy of every token of the answer."""
     figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
-    for label in part.labels:
+    for label, style in zip(part.labels, ("-", "-", "--")):                 # one may lie upon the other
         n = sum(k.startswith("token") for k in part.values[label])
-        line(axis, range(1, n + 1), 100 * np.stack([part[label, f"token {i}"] for i in range(1, n + 1)], 1), label=label)
+        right = np.stack([part[label, f"token {i}"] for i in range(1, n + 1)], 1)
+        line(axis, range(1, n + 1), 100 * right, label=label, linestyle=style)
     axis.axhline(50, color="gray", linestyle="--", linewidth=1, label="chance")
-    axis.set(xlabel="token of the answer, those before it given", ylabel="accuracy, %", ylim=(0, 105), xticks=range(1, n + 1))
+    axis.set(xlabel="token of the answer, those before it given", xticks=range(1, n + 1), ylabel="accuracy, %",
+             ylim=(0, 105))
     axis.legend()
     return figure
 
@@ -418,7 +440,7 @@ def draw_planning(part, plt):
 def draw_backbone(part, plt):
     """The next-token loss of models trained with heads and without."""
     figure, axis = plt.subplots(figsize=(6, 3), layout="constrained")
-    dots(axis, part, part.labels, "nats")
+    dots(axis, part, "nats")
     axis.set(xlabel="held-out nats of the next token (less is better)")
     return figure
 

@@ -65,6 +65,7 @@ class Size:
     batch_size: int                   # windows in each
     block_size: int                   # tokens of a window
     lr: float                         # highest learning rate; half of it where heads are added to a backbone
+    adaptation: int                   # compute for adding them, in units that Study explains
     windows: int                      # held-out windows, with 16 questions each
     probe_steps: int
     prompts: int                      # for decoding
@@ -75,11 +76,11 @@ class Size:
 
 SIZES = dict(
     quick=Size(ladder=(Shape(1, 1, 16), Shape(1, 1, 32), Shape(2, 2, 64), Shape(4, 2, 96)), base=Shape(4, 2, 96),
-               steps=1200, batch_size=8, block_size=128, lr=1e-2, windows=64, probe_steps=150, prompts=32,
-               own_tokens=60_000, plan_bits=7, plan_steps=700),
+               steps=1200, batch_size=8, block_size=128, lr=1e-2, adaptation=1, windows=64, probe_steps=150,
+               prompts=32, own_tokens=60_000, plan_bits=7, plan_steps=700),
     full=Size(ladder=(Shape(2, 2, 64), Shape(4, 2, 128), Shape(6, 4, 256), Shape(8, 8, 512)), base=Shape(6, 4, 256),
-              steps=6000, batch_size=32, block_size=256, lr=5e-3, windows=256, probe_steps=1000, prompts=64,
-              own_tokens=4_000_000, plan_bits=10, plan_steps=5000))
+              steps=6000, batch_size=32, block_size=256, lr=5e-3, adaptation=5, windows=256, probe_steps=1000,
+              prompts=64, own_tokens=4_000_000, plan_bits=10, plan_steps=5000))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -237,9 +238,10 @@ def draft(run, offsets, prompts, nodes=15):
 
 
 def written(model, corpus, ways, prompts, **how):
-    """`compare` NTP and other ways, {name: tree}, on held-out prompts. Yields ("greedy" or "sampled", name, record)."""
+    """`compare` NTP and other ways, {name: tree}, continuing 16 held-out tokens to the end of the context. Yields
+    ("greedy" or "sampled", name, record)."""
     methods, length = list(dict.fromkeys([(), *ways.values()])), model.gpt.config.block_size
-    records, _ = compare(model, methods, corpus.windows("val", prompts, 64).tolist(), length - 64, (0.0, 1.0),
+    records, _ = compare(model, methods, corpus.windows("val", prompts, 16).tolist(), length - 16, (0.0, 1.0),
                          progress=False, **how)
     for i, kind in enumerate(("greedy", "sampled")):
         for way, tree in {"NTP": (), **ways}.items():
@@ -298,7 +300,8 @@ def plan(offsets, seed, bits, steps):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The parts. Each yields pieces, and rows: a label, and the pieces, one per seed, in which its numbers are.
+# The parts. Each yields rows: a label and the names of the pieces, one per seed, in which its numbers are. A row may come
+# several times, with other numbers.
 
 def flops(options):
     """Floating point operations of a training step with these options of train.py, forward and backward: (while the
@@ -321,20 +324,21 @@ def flops(options):
 class Study:
     """The pieces of a size, shared by its parts.
 
-    A recipe may spend as much compute (floating point operations) on adding heads to a base as three resblock heads
-    cost when they are trained from scratch along with a backbone, on as much text as the base has read. So from scratch
-    and adapted, models have cost the same in all.
+    All recipes may spend the same compute (floating point operations) on adding heads to a base. The unit of it is what
+    three resblock heads cost that are trained from scratch along with a backbone, on as much text as a base reads. What
+    is trained from scratch gets the compute of a base and of adding heads together.
     """
 
     def __init__(self, size):
         self.size, self.pieces = size, {}                                   # {name: Piece}
-        self.total = size.steps * flops(self.options(offsets=MTP))[1]       # compute of a model with heads
-        self.added = self.total - size.steps * flops(self.options())[1]     # of it, for adding them to a base
+        ntp, mtp = (size.steps * flops(self.options(offsets=o))[1] for o in ("1", MTP))
+        self.added = size.adaptation * (mtp - ntp)
+        self.total = ntp + self.added
 
     def options(self, shape=None, data="python", offsets="1", **more):
         """Of train.py."""
         size = self.size
-        more = {**(shape or size.base)._asdict(), **dict(batch_size=size.batch_size, block_size=size.block_size), **more}
+        more = {**(shape or size.base)._asdict(), "batch_size": size.batch_size, "block_size": size.block_size, **more}
         flags = [[f"--{k.replace('_', '-')}"] + ([] if v is True else [str(v)]) for k, v in more.items()]
         return ["--data", f"data/{data}", "--offsets", offsets, *sum(flags, [])]
 
@@ -382,12 +386,13 @@ class Study:
         return self.run(f"{name}-stage2", seed, compute=0.7 * self.added, init=first, offsets=offsets, backbone_lr=0.1,
                         head_weight=0.1)
 
-    def measured(self, function, run, key="", **arguments):
+    def measured(self, function, run, **arguments):
         """A measurement of a run. -> the piece's name"""
         alone = function is speed
-        return self.add(f"{function.__name__}{key}-{run}", function, dict(run=run, **arguments), [run], alone)
+        return self.add(f"{function.__name__}-{run}", function, dict(run=run, **arguments), [run], alone)
 
     def foresight(self, run):
+        """What a run knows of later tokens. -> the piece's name"""
         return self.measured(foresee, run, windows=self.size.windows)
 
 
@@ -459,31 +464,45 @@ def planning(study):
 
 def backbone(study):
     """What heads do to the next-token model itself, from scratch: with the same text, and with the same compute."""
-    yield "NTP, same text", [study.foresight(study.base(s)) for s in SEEDS]
+    steps = round(study.total / flops(study.options(offsets=MTP))[1])       # of MTP: at adaptation 1 those of a base
+    same = study.base if steps == study.size.steps else lambda s: study.run("ntp-same-text", s, steps=steps)
+    yield "NTP, same text", [study.foresight(same(s)) for s in SEEDS]
     yield "NTP, same compute", [study.foresight(study.run("ntp-same-compute", s, study.total)) for s in SEEDS]
     for label, name, offsets in (("MTP", "mtp", MTP), ("leap k=2", "leap2", LEAP2), ("leap k=3", "leap3", LEAP3)):
         yield label, [study.foresight(study.scratch(name, offsets, s)) for s in SEEDS]
 
 
 def headline(study):
-    """The fastest decoder that we have for held-out code: 8 bytes at once, and the tree that is fastest here."""
-    run = study.scratch("mtp8", "1,2,3,4,5,6,7,8", SEEDS[0])
+    """The fastest decoder that we have for held-out code: 8 bytes at once, and the tree that is fastest here; in a
+    context twice as long, with as much text in a batch."""
+    run = study.run("mtp8", SEEDS[0], study.total, offsets="1,2,3,4,5,6,7,8", block_size=2 * study.size.block_size,
+                    batch_size=study.size.batch_size // 2)
     yield "MTP, 8 bytes", [study.measured(speed, run, prompts=study.size.prompts, trees=True)]
 
 
 PARTS = {f.__name__: f for f in (scale, layers, adapt, leap, planning, backbone, headline)}
 
 
+def training(name, pieces):
+    """The options of all training runs behind a piece, in their order. -> {run: options}"""
+    found = {}
+    for need in pieces[name].needs:
+        found |= training(need, pieces)
+    if pieces[name].function is train_run:
+        options, init, own = (pieces[name].arguments[k] for k in ("options", "init", "own"))
+        found[name] = " ".join(options + (["--init", init] if init else []) + (["--data", own] if own else []))
+    return found
+
+
 def table(rows, pieces, results):
-    """rows as a part yields them -> [{label, values: {name of a number: one per seed}, train: options of its runs}]"""
+    """rows as a part yields them -> [{label, values: {name of a number: one per seed}, train: {run: its options}, of
+    the first seed}]"""
     found = {}
     for label, names in rows:
-        row = found.setdefault(label, dict(label=label, values={}, train=[]))
+        row = found.setdefault(label, dict(label=label, values={}, train={}))
+        row["train"] |= training(names[0], pieces)
         for key in results[names[0]]:
             row["values"][key] = [results[n][key] for n in names]
-        runs = [pieces[n] for n in pieces[names[0]].needs] + [pieces[names[0]]]
-        row["train"] += [" ".join(p.arguments["options"]) for p in runs if p.function is train_run
-                         and " ".join(p.arguments["options"]) not in row["train"]]
     return list(found.values())
 
 

@@ -151,6 +151,20 @@ def test_the_answer_of_the_planning_task_is_the_reversed_running_parity():
         assert bits[5] == 2 and bits[6:] == running[::-1]
 
 
+def test_a_row_holds_a_number_per_seed_and_all_training_behind_it():
+    def run(name, init=None, own=None):
+        arguments = dict(name=name, options=["--steps", name], init=init, own=own)
+        return Piece(name, study.train_run, arguments, [n for n in (init, own) if n])
+    behind = [run("base"), Piece("own", study.own_text, {}, ["base"]), run("heads", "base", "own"),
+              Piece("m0", study.foresee, {}, ["heads"]), Piece("m1", study.foresee, {}, ["other"])]
+    results = dict(m0=dict(a=1, b=2), m1=dict(a=3, b=4), again=dict(c=5))
+    rows = [("row", ["m0", "m1"]), ("row", ["again"])]
+    behind.append(Piece("again", study.speed, {}, ["heads"]))
+    assert study.table(rows, {p.name: p for p in behind}, results) == [dict(
+        label="row", values=dict(a=[1, 3], b=[2, 4], c=[5]),
+        train=dict(base="--steps base", heads="--steps heads --init base --data own"))]
+
+
 # What is said about it
 
 @pytest.mark.parametrize("differences, said", [
@@ -170,6 +184,42 @@ def test_the_break_even_is_where_both_write_as_much():
     assert written(a, g) == pytest.approx(written(b, g))
     assert written(b, g / 2) > written(a, g / 2) and written(b, 2 * g) < written(a, 2 * g)
     assert written(a, 0) == 4 and written(b, 0) == 7
+
+
+def test_the_attenuation_is_that_of_the_accuracies(tmp_path):
+    values = {f"accuracy of offset {o}": [np.exp(-g * (o - 1)) for g in (0.1, 0.5)] for o in (1, 2, 3, 4)}
+    part = results_file(tmp_path, {"MTP": values})
+    assert findings.attenuation(part, "MTP").tolist() == pytest.approx([0.1, 0.5])
+
+
+def test_numbers_are_means_with_the_lowest_and_the_highest_in_brackets():
+    assert findings.spread(np.array([1.0, 2.0, 6.0])) == "3.00 [1.00, 6.00]" and findings.spread(np.array([2.0])) == "2.00"
+    assert findings.percent(np.array([0.25, 0.5])) == "37.5 [25.0, 50.0]"
+
+
+def results_file(folder, rows):
+    """rows {label: {name: list}} as the results of a part."""
+    path = folder / "study_quick_adapt.json"
+    path.write_text(json.dumps(dict(rows=[dict(label=label, values=v, train={}) for label, v in rows.items()])))
+    return findings.Part(path)
+
+
+@pytest.mark.parametrize("frozen, joint, scratch, said", [
+    (0.40, 0.45, 0.60, ["reproduced", "reproduced", "reproduced", "reproduced"]),
+    (0.52, 0.45, 0.30, ["not reproduced", "not reproduced", "reproduced", "not reproduced"]),
+    (0.40, 0.55, 0.50, ["reproduced", "reproduced", "not reproduced", "not reproduced"])])
+def test_what_is_said_of_adaptation_follows_from_its_numbers(frozen, joint, scratch, said, tmp_path):
+    """The mark that heads have to reach, 0.5 at t+2, is the marginalisation of the model that they are added to."""
+    rows = {"NTP, marginalised": {"marginalisation t+2": [0.5, 0.5], "nats": [1.0, 2.0]}}
+    for label in [*RECIPES, "from scratch"]:
+        top1 = scratch if label == "from scratch" else frozen if label.startswith("frozen") else joint
+        rows[label] = {"own head t+2": [top1, top1 + 0.01], "nats": [1.5, 2.25]}
+    results_file(tmp_path, rows)
+    part = findings.load(tmp_path, "quick")["adapt"]
+    assert part["joint, weight 1", "lost"].tolist() == [0.5, 0.25]          # seed by seed
+    claims = list(findings.of_adapt(part))
+    assert [claims[i].verdict for i in (0, 1, 2, -1)] == said
+    assert "NTP lost 0.375 [0.250, 0.500]" in claims[1].measured
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -17,7 +17,7 @@ from conftest import ROOT, TINY, assert_one_line_error, command, tiny_gpt, tiny_
 from data.loader import Corpus
 from heads import HeadsConfig, MultiTokenGPT, joint_loss
 from model import InputError
-from train import (bars, check_args, compute_gradients, evaluate, load_checkpoint, lr_factor, make_model,
+from train import (bars, bfloat16, check_args, compute_gradients, evaluate, load_checkpoint, lr_factor, make_model,
                    make_optimizers, parse_args, recipe, save_checkpoint, start_from, trim_metrics)
 
 
@@ -87,6 +87,20 @@ def test_gradient_accumulation_gives_the_gradients_of_the_larger_batch(corpus):
         joint_loss(model, half, backward=True, scale=0.5)
     for k, p in model.named_parameters():
         torch.testing.assert_close(p.grad, once[k], rtol=1e-4, atol=1e-6)
+
+
+def test_bfloat16_gradients_are_those_of_float32_but_for_rounding(corpus):
+    model, idx = tiny_model(vocab_size=257, block_size=64), Corpus(corpus).batch("train", 4, 65, step=0)
+    flag, found = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed(), []
+    for precision in (nullcontext(), bfloat16(torch.device("cpu"))):
+        model.zero_grad()
+        with precision:
+            losses = joint_loss(model, idx, backward=True)
+        found.append((losses, torch.cat([p.grad.flatten() for p in model.parameters()])))
+    (losses, exact), (rounded, close) = found
+    assert rounded == pytest.approx(losses, rel=0.02) and rounded != losses
+    assert F.cosine_similarity(exact, close, dim=0) > 0.98
+    assert torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed() == flag
 
 
 def test_the_learning_rate_warms_up_and_follows_a_cosine():
