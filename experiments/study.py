@@ -300,8 +300,8 @@ def plan(offsets, seed, bits, steps):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The parts. Each yields rows: a label and the names of the pieces, one per seed, in which its numbers are. A row may come
-# several times, with other numbers.
+# The parts. Each yields rows: a label and the names of the pieces, one per seed, in which its numbers are. A row may
+# come several times, with other numbers.
 
 def flops(options):
     """Floating point operations of a training step with these options of train.py, forward and backward: (while the
