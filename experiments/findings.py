@@ -490,7 +490,7 @@ def main():
     """Write everything; bad input is one line and status 2."""
     p = argparse.ArgumentParser(prog="findings.py", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
                                 description="Figures, tables and the README's findings from the study's results.")
-    p.add_argument("--size", choices=["quick", "full"], default="quick", help="of the study")
+    p.add_argument("--size", choices=["quick", "patient", "full"], default="quick", help="of the study")
     p.add_argument("--results", default=str(ROOT / "experiments" / "results"), metavar="FOLDER", help="where they are")
     p.error = lambda message: p.exit(2, f"findings.py: error: {message}\n")
     args = p.parse_args()

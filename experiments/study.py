@@ -24,7 +24,7 @@ import sys
 import time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import nullcontext, redirect_stderr, redirect_stdout
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Callable, NamedTuple
@@ -81,6 +81,8 @@ SIZES = dict(
     full=Size(ladder=(Shape(2, 2, 64), Shape(4, 2, 128), Shape(6, 4, 256), Shape(8, 8, 512)), base=Shape(6, 4, 256),
               steps=6000, batch_size=32, block_size=256, lr=5e-3, adaptation=5, windows=256, probe_steps=1000,
               prompts=64, own_tokens=4_000_000, plan_bits=10, plan_steps=5000))
+SIZES["patient"] = replace(SIZES["quick"], adaptation=6)                    # made for one question to the part adapt:
+                                                                            # what if heads had six times the compute?
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -517,7 +519,7 @@ def parse_args():
                     "the README's table. It can be stopped at any time; the same command goes on.",
         epilog="parts: " + "; ".join(f"{name}: {f.__doc__.splitlines()[0]}" for name, f in PARTS.items()))
     p.add_argument("--size", choices=list(SIZES), default="full", help="quick: within 25 minutes on 2 CPU cores; "
-                   "full: for one large GPU")
+                   "patient: the same with more compute for adding heads, for --only adapt; full: for one large GPU")
     p.add_argument("--quick", dest="size", action="store_const", const="quick", help="the same as --size quick")
     p.add_argument("--only", nargs="+", choices=list(PARTS), metavar="PART", default=list(PARTS),
                    help="do these parts only: %(choices)s")
