@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs a CUDA device, in one command that is meant to end within 10 minutes (not yet measured): the
 # CUDA tests, a small model trained and compared there, and the benchmarks. PYTHON=... chooses the interpreter,
-# RESULTS=... the folder of the results.
+# RESULTS=... the folder of the results. The study is apart: python experiments/study.py, part by part with --only.
 #     bash experiments/gpu.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."

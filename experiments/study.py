@@ -81,8 +81,7 @@ SIZES = dict(
     full=Size(ladder=(Shape(2, 2, 64), Shape(4, 2, 128), Shape(6, 4, 256), Shape(8, 8, 512)), base=Shape(6, 4, 256),
               steps=6000, batch_size=32, block_size=256, lr=5e-3, adaptation=5, windows=256, probe_steps=1000,
               prompts=64, own_tokens=4_000_000, plan_bits=10, plan_steps=5000))
-SIZES["patient"] = replace(SIZES["quick"], adaptation=6)                    # made for one question to the part adapt:
-                                                                            # what if heads had six times the compute?
+SIZES["patient"] = replace(SIZES["quick"], adaptation=6)    # for the part adapt: what if heads had six times the compute?
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -127,15 +126,17 @@ def kept(folder, piece):
 
 
 def results_of(folder, pieces):
-    """{name: result} of the pieces that have been done with the same arguments, from pieces of which that is true."""
-    found = {}
+    """{name: result} of the pieces that have been done, with the same arguments and after all that they need."""
+    found, when = {}, {}
     for piece in pieces:                                                    # what is needed comes first
+        file = kept(folder, piece)
         try:
-            stored = json.loads(kept(folder, piece).read_text())
+            stored, time_of = json.loads(file.read_text()), file.stat().st_mtime_ns
         except (FileNotFoundError, ValueError):
             continue
-        if stored["arguments"] == json.loads(json.dumps(piece.arguments)) and all(n in found for n in piece.needs):
-            found[piece.name] = stored["result"]
+        same = stored["arguments"] == json.loads(json.dumps(piece.arguments))
+        if same and all(n in found and when[n] <= time_of for n in piece.needs):
+            found[piece.name], when[piece.name] = stored["result"], time_of
     return found
 
 

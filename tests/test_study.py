@@ -45,7 +45,9 @@ def test_each_piece_is_done_once_and_again_when_it_or_what_it_needs_has_changed(
     (tmp_path / "y.json").write_text('{"arguments": {"na')                  # as a crash could leave it
     assert do_all(pieces(b=4), tmp_path, "cpu", jobs=2)["x"] == {"sum": 5}
     assert sorted(done()[4:]) == ["x", "y", "z"]
-    assert results_of(tmp_path, pieces(b=7)).keys() == {"y", "t"}           # z was computed from another x
+    assert results_of(tmp_path, pieces(b=7)).keys() == {"y", "t"}           # z was computed from another x,
+    do_all(pieces(b=7)[:1], tmp_path, "cpu", jobs=1)                        # and still is when the new one is there
+    assert results_of(tmp_path, pieces(b=7)).keys() == {"x", "y", "t"}
 
 
 def test_an_error_in_a_piece_is_said_and_what_is_done_is_kept(tmp_path):
