@@ -402,6 +402,7 @@ def draw_adapt(part, plt):
     axes[1].axvline(0, color="gray", linewidth=1)
     axes[0].set(xlabel="accuracy of the heads at t+2, %", title="what the heads reach (dashed: marginalisation)")
     axes[1].set(xlabel="nats", title="what next-token prediction lost")
+    axes[1].locator_params(axis="x", nbins=6)
     return figure
 
 
