@@ -1035,12 +1035,12 @@ def report(run, model, state, args):
     if args.prompt is None or args.calibrate:
         corpus = corpus_of(run, model, state, args.data)
     tokenizer = corpus.tokenizer if corpus else get_tokenizer(state["tokenizer"])
-    compile = can_compile_as(args.compile, device)
     length = getattr(args, "prompt_tokens", min(64, max(1, config.block_size // 4)))
     prompts = corpus.windows("val", args.prompts, length).tolist() if args.prompt is None else [
         tokenizer.encode_ordinary(args.prompt)]
     new_tokens = getattr(args, "new_tokens", max(1, min(192, config.block_size - len(prompts[0]))))
     check_prompts(prompts, new_tokens, config)
+    compile = can_compile_as(args.compile, device)
 
     n = sum(p.numel() for p in model.parameters())
     way = "compiled" if compile else "eager" if args.compile == "no" else "eager (torch.compile does not work here)"

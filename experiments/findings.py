@@ -30,8 +30,6 @@ from marginalize import import_matplotlib
 from model import InputError
 from train import one_line_errors, write_whole
 
-PARTS = ("scale", "layers", "adapt", "leap", "planning", "backbone", "headline")
-
 
 class Part:
     """The results of a part: part[label, name of a number] is an array with one entry per seed."""

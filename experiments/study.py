@@ -98,7 +98,7 @@ class Piece:
 
 
 class Here:
-    """What a process that does pieces knows: the study's folder, the device, and how many threads it may use."""
+    """What a process that does pieces knows: the study's folder and the device."""
     folder = device = None
 
 
@@ -138,6 +138,15 @@ def results_of(folder, pieces):
         if same and all(n in found and when[n] <= time_of for n in piece.needs):
             found[piece.name], when[piece.name] = stored["result"], time_of
     return found
+
+
+def seconds_of(folder, pieces):
+    """How long all these pieces took, one after the other: {"side by side": those that share the cores, "alone": ...}"""
+    taken = {"side by side": 0.0, "alone": 0.0}
+    for piece in pieces:
+        if kept(folder, piece).exists():
+            taken["alone" if piece.alone else "side by side"] += json.loads(kept(folder, piece).read_text())["seconds"]
+    return {kind: round(seconds) for kind, seconds in taken.items()}
 
 
 def do_all(pieces, folder, device, jobs):
@@ -521,7 +530,8 @@ def parse_args():
         epilog="parts: " + "; ".join(f"{name}: {f.__doc__.splitlines()[0]}" for name, f in PARTS.items()))
     p.add_argument("--size", choices=list(SIZES), default="full", help="quick: within 25 minutes on 2 CPU cores; "
                    "patient: the same with more compute for adding heads, for --only adapt; full: for one large GPU")
-    p.add_argument("--quick", dest="size", action="store_const", const="quick", help="the same as --size quick")
+    p.add_argument("--quick", dest="size", action="store_const", const="quick",
+                   default=argparse.SUPPRESS, help="the same as --size quick")
     p.add_argument("--only", nargs="+", choices=list(PARTS), metavar="PART", default=list(PARTS),
                    help="do these parts only: %(choices)s")
     p.add_argument("--jobs", type=int, default=argparse.SUPPRESS,
@@ -576,6 +586,7 @@ def main():
                     train.write_whole(results_folder / f"study_{name}_{part}.json", json.dumps(dict(
                         part=part, size=name, command=f"python experiments/study.py --size {name} --only {part}",
                         environment=train.environment(device), settings=asdict(study.size), seeds=SEEDS,
+                        seconds=seconds_of(folder, pieces),
                         rows=table(part_rows, study.pieces, results)), indent=1) + "\n")
         print(f"next: python experiments/findings.py --size {name}")
 

@@ -50,6 +50,12 @@ def test_each_piece_is_done_once_and_again_when_it_or_what_it_needs_has_changed(
     assert results_of(tmp_path, pieces(b=7)).keys() == {"x", "y", "t"}
 
 
+def test_the_time_of_pieces_that_share_the_cores_is_told_from_that_of_pieces_alone(tmp_path):
+    for piece, seconds in zip(pieces(), (1, 2, 3, 4)):
+        study.kept(tmp_path, piece).write_text(json.dumps(dict(seconds=seconds)))
+    assert study.seconds_of(tmp_path, pieces()) == {"side by side": 6, "alone": 4}
+
+
 def test_an_error_in_a_piece_is_said_and_what_is_done_is_kept(tmp_path):
     bad = Piece("bad", add, dict(name="bad", a=1, b="no number"), needs=("x",))
     with pytest.raises(TypeError):
