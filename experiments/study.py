@@ -1,6 +1,7 @@
 """The study: both papers' claims, tried on models small enough to train here.
 
     python experiments/study.py --quick                 # everything within 25 minutes on 2 CPU cores
+    python experiments/study.py --size patient          # the same models, trained five times as long
     python experiments/study.py                         # larger, for one large GPU
     python experiments/study.py --only adapt leap       # some of its parts
     python experiments/findings.py --size quick         # figures and README table from the results, again
@@ -81,7 +82,7 @@ SIZES = dict(
     full=Size(ladder=(Shape(2, 2, 64), Shape(4, 2, 128), Shape(6, 4, 256), Shape(8, 8, 512)), base=Shape(6, 4, 256),
               steps=6000, batch_size=32, block_size=256, lr=5e-3, adaptation=5, windows=256, probe_steps=1000,
               prompts=64, own_tokens=4_000_000, plan_bits=10, plan_steps=5000))
-SIZES["patient"] = replace(SIZES["quick"], adaptation=6)    # for the part adapt: what if heads had six times the compute?
+SIZES["patient"] = replace(SIZES["quick"], steps=6000, windows=128, probe_steps=750, own_tokens=300_000)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -459,8 +460,9 @@ def leap(study):
         yield label, [study.measured(draft, r, offsets=offsets, prompts=study.size.prompts) for r in runs]
         yield label, [study.foresight(r) for r in runs]
     for label, name, offsets in (("MTP", "mtp", MTP), ("leap k=2", "leap2", LEAP2), ("leap k=3", "leap3", LEAP3)):
-        yield from both(label, [study.scratch(name, offsets, s) for s in SEEDS], offsets)
-        yield label, [study.measured(speed, study.scratch(name, offsets, SEEDS[0]), prompts=8)]
+        runs = [study.scratch(name, offsets, s) for s in SEEDS]
+        yield from both(label, runs, offsets)
+        yield label, [study.measured(speed, r, prompts=8) for r in runs]
     runs = [study.joint("leap2-joint", s, LEAP2) for s in SEEDS]
     yield from both("leap k=2 on a base, one stage", runs, LEAP2)
     yield from both("leap k=2 on a base, two stages", [study.two_stages("leap2", s, LEAP2) for s in SEEDS], LEAP2)
@@ -529,7 +531,7 @@ def parse_args():
                     "the README's table. It can be stopped at any time; the same command goes on.",
         epilog="parts: " + "; ".join(f"{name}: {f.__doc__.splitlines()[0]}" for name, f in PARTS.items()))
     p.add_argument("--size", choices=list(SIZES), default="full", help="quick: within 25 minutes on 2 CPU cores; "
-                   "patient: the same with more compute for adding heads, for --only adapt; full: for one large GPU")
+                   "patient: the same models, trained five times as long; full: for one large GPU")
     p.add_argument("--quick", dest="size", action="store_const", const="quick",
                    default=argparse.SUPPRESS, help="the same as --size quick")
     p.add_argument("--only", nargs="+", choices=list(PARTS), metavar="PART", default=list(PARTS),
