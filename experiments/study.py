@@ -8,8 +8,9 @@
 
 A part of the study asks a few questions of one paper. It consists of *pieces*: a run of train.py, or a measurement of
 one. Pieces are functions of their arguments; what one found is kept in a file of the study's folder, so the study can
-be stopped (Ctrl-C, kill -9) and continued, and two parts share what both need. Pieces run side by side, a core for
-each; those that measure time run at the end and alone.
+be stopped (Ctrl-C, kill -9) and continued, and two parts share what both need. A piece is done again when its
+arguments, its corpus or what it needs have changed; who changes what a piece *does* removes its file. Pieces run side
+by side, a core for each; those that measure time run at the end and alone.
 
 Every row of every table is trained three times, with other initial weights and other batches (the seed), and what is
 compared is compared seed by seed. A part ends as experiments/results/study_SIZE_PART.json.
@@ -17,11 +18,15 @@ compared is compared seed by seed. A part ends as experiments/results/study_SIZE
 Read: the sizes, pieces, what pieces do, the parts, the command line.
 """
 import argparse
+import hashlib
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
+import shutil
 import signal
 import sys
+import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import nullcontext, redirect_stderr, redirect_stdout
@@ -39,7 +44,7 @@ sys.path.insert(0, str(ROOT))
 import train
 from data.loader import Corpus
 from data.prepare import prepare
-from decode import calibrate, chain, compare, held_out_records, write_corpus_of_its_own
+from decode import Decoder, calibrate, can_compile, chain, compare, held_out_records, write_corpus_of_its_own
 from heads import HeadsConfig, MultiTokenGPT, draft_sources, joint_loss
 from marginalize import measure, measure_layers, questions, train_probes, unigram
 from model import GPT, GPTConfig, InputError
@@ -75,13 +80,14 @@ class Size:
     plan_steps: int
 
 
+TEXTS = Shape(2, 2, 64)               # in every ladder: small enough not to learn the smallest corpus, 1 MB, by heart
 SIZES = dict(
-    quick=Size(ladder=(Shape(1, 1, 16), Shape(1, 1, 32), Shape(2, 2, 64), Shape(4, 2, 96)), base=Shape(4, 2, 96),
+    quick=Size(ladder=(Shape(1, 1, 16), Shape(1, 1, 32), TEXTS, Shape(4, 2, 96)), base=Shape(4, 2, 96),
                steps=1200, batch_size=8, block_size=128, lr=1e-2, adaptation=1, windows=64, probe_steps=150,
-               prompts=32, own_tokens=60_000, plan_bits=7, plan_steps=700),
-    full=Size(ladder=(Shape(2, 2, 64), Shape(4, 2, 128), Shape(6, 4, 256), Shape(8, 8, 512)), base=Shape(6, 4, 256),
-              steps=6000, batch_size=32, block_size=256, lr=5e-3, adaptation=5, windows=256, probe_steps=1000,
-              prompts=64, own_tokens=4_000_000, plan_bits=10, plan_steps=5000))
+               prompts=32, own_tokens=60_000, plan_bits=9, plan_steps=1000),
+    full=Size(ladder=(TEXTS, Shape(4, 2, 128), Shape(6, 4, 256), Shape(6, 6, 384)), base=Shape(6, 4, 256),
+              steps=2000, batch_size=64, block_size=256, lr=5e-3, adaptation=2, windows=128, probe_steps=500,
+              prompts=64, own_tokens=500_000, plan_bits=10, plan_steps=2000))
 SIZES["patient"] = replace(SIZES["quick"], steps=6000, windows=128, probe_steps=750, own_tokens=300_000)
 
 
@@ -104,55 +110,67 @@ class Here:
 
 
 def enter(folder, device, threads):
-    """Prepare a process for pieces. Ctrl-C is for the first process, and for training, which then saves."""
+    """Prepare a process for pieces. Ctrl-C is for the first process, without which this one ends; and for training,
+    which then saves."""
     Here.folder, Here.device = folder, torch.device(device)
     os.chdir(ROOT)
     torch.set_num_threads(threads)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
 
-
-def do(piece):
-    """Do a piece in this process, and keep what it returns."""
-    start = time.perf_counter()
-    with open(Here.folder / "log.txt", "a") as log, redirect_stdout(log), redirect_stderr(log):
-        result = piece.function(**piece.arguments)
-    train.write_whole(kept(Here.folder, piece), json.dumps(dict(
-        arguments=piece.arguments, seconds=round(time.perf_counter() - start, 1), result=result)))
+    def end_with_the_first():
+        multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+        os._exit(1)
+    threading.Thread(target=end_with_the_first, daemon=True).start()
 
 
-def kept(folder, piece):
-    """The file in which a piece's result is."""
-    return folder / f"{piece.name}.json"
-
-
-def results_of(folder, pieces):
-    """{name: result} of the pieces that have been done, with the same arguments and after all that they need."""
-    found, when = {}, {}
+def stamps(pieces):
+    """{name: hash of all that a piece's result depends on: its arguments, its corpus and what it needs}"""
+    found = {}
     for piece in pieces:                                                    # what is needed comes first
-        file = kept(folder, piece)
-        try:
-            stored, time_of = json.loads(file.read_text()), file.stat().st_mtime_ns
-        except (FileNotFoundError, ValueError):
-            continue
-        same = stored["arguments"] == json.loads(json.dumps(piece.arguments))
-        if same and all(n in found and when[n] <= time_of for n in piece.needs):
-            found[piece.name], when[piece.name] = stored["result"], time_of
+        meta = ROOT / piece.arguments.get("data", "") / "meta.json"
+        corpus = json.loads(meta.read_text()) if meta.exists() else {}
+        behind = [piece.arguments, [corpus.get(f"{split}_sha256") for split in ("train", "val")],
+                  [found[name] for name in piece.needs]]
+        found[piece.name] = hashlib.sha256(json.dumps(behind, sort_keys=True).encode()).hexdigest()
     return found
 
 
-def seconds_of(folder, pieces):
-    """How long all these pieces took, one after the other: {"side by side": those that share the cores, "alone": ...}"""
-    taken = {"side by side": 0.0, "alone": 0.0}
-    for piece in pieces:
-        if kept(folder, piece).exists():
-            taken["alone" if piece.alone else "side by side"] += json.loads(kept(folder, piece).read_text())["seconds"]
-    return {kind: round(seconds) for kind, seconds in taken.items()}
+def kept(folder, name):
+    """The file in which a piece's result is. Before it is there: only the stamp of what is begun."""
+    return folder / f"{name}.json"
+
+
+def read(file):
+    """A file of `kept`; {} if there is none, or a damaged one."""
+    try:
+        return json.loads(file.read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+
+
+def do(piece, stamp):
+    """Do a piece in this process, and keep what it returns. A run or corpus that was begun is gone on with."""
+    start, file = time.perf_counter(), kept(Here.folder, piece.name)
+    if read(file).get("stamp") != stamp:
+        shutil.rmtree(Here.folder / piece.name, ignore_errors=True)         # it came from something else
+        train.write_whole(file, json.dumps(dict(stamp=stamp)))
+    with open(Here.folder / "log.txt", "a") as log, redirect_stdout(log), redirect_stderr(log):
+        result = piece.function(**piece.arguments)
+    train.write_whole(file, json.dumps(dict(
+        stamp=stamp, arguments=piece.arguments, seconds=round(time.perf_counter() - start, 1),
+        environment=train.environment(Here.device), result=result)))
+
+
+def done_of(folder, pieces):
+    """{name: what is kept of it} of the pieces that have been done."""
+    stored = {name: (stamp, read(kept(folder, name))) for name, stamp in stamps(pieces).items()}
+    return {name: found for name, (stamp, found) in stored.items() if found.get("stamp") == stamp and "result" in found}
 
 
 def do_all(pieces, folder, device, jobs):
-    """Do what is not done yet, `jobs` pieces at a time, then alone what measures time. -> {name: result}"""
-    done = set(results_of(folder, pieces))
+    """Do what is not done yet, `jobs` pieces at a time, then alone what measures time. -> done_of"""
+    done, stamp = set(done_of(folder, pieces)), stamps(pieces)
     threads = torch.get_num_threads()
     with tqdm(total=len(pieces), initial=len(done), unit="piece", dynamic_ncols=True, disable=None) as bar:
 
@@ -163,7 +181,7 @@ def do_all(pieces, folder, device, jobs):
                 try:
                     while waiting or running:
                         for piece in [p for p in waiting if set(p.needs) <= done][:jobs - len(running)]:
-                            running[pool.submit(do, piece)] = piece.name
+                            running[pool.submit(do, piece, stamp[piece.name])] = piece.name
                             waiting.remove(piece)
                         bar.set_postfix_str(", ".join(sorted(running.values())))
                         for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -176,31 +194,21 @@ def do_all(pieces, folder, device, jobs):
                     raise
         side_by_side([p for p in pieces if not p.alone], jobs, max(1, threads // jobs))
         side_by_side([p for p in pieces if p.alone], 1, threads)
-    return results_of(folder, pieces)
+    return done_of(folder, pieces)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What pieces do. All but the first return {name of a number: number}.
 
-def train_run(name, options, init, own):
-    """A run of train.py with these options, from another run and on a corpus of the study's folder, if these are given.
-    Goes on where it was stopped."""
-    out, sources = Here.folder / name, []
-    options = [*options, "--out", str(out), "--no-progress", "--device", str(Here.device)]
-    if init:
-        options += ["--init", str(Here.folder / init)]
-        sources.append(Here.folder / init / "checkpoint.pt")
-    if own:
-        options += ["--data", str(Here.folder / own)]
-        sources.append(Here.folder / own / "meta.json")
-    args = train.parse_args(options)
+def train_run(name, options, init, data, own):
+    """A run of train.py with these options, from another run if that is given, on a corpus, or on one of the study's
+    folder, `own`. Goes on where it was stopped."""
+    out = Here.folder / name
+    options = [*options, "--data", str(Here.folder / own if own else data), "--out", str(out), "--no-progress",
+               "--device", str(Here.device)]
+    args = train.parse_args(options + (["--init", str(Here.folder / init)] if init else []))
     train.check_args(args)
-    model = state = None
-    if (file := out / "checkpoint.pt").exists() and all(s.stat().st_mtime < file.stat().st_mtime for s in sources):
-        model, state = train.load_checkpoint(out)
-        wanted = {k: v for k, v in vars(args).items() if k not in ("device", "compile", "out", "init", "data")}
-        if not wanted.items() <= state["args"].items():                     # it was another run: start anew
-            model = state = None
+    model, state = train.load_checkpoint(out) if (out / "checkpoint.pt").exists() else (None, None)
     if state is None or state["step"] < args.steps:
         train.train(args, model, state)
 
@@ -263,12 +271,14 @@ def written(model, corpus, ways, prompts, **how):
 
 def speed(run, prompts, trees=False):
     """Wall-clock speedup over our own compiled NTP decoder, batch 1: of the chain of all offsets, or also of the tree
-    that calibrate finds for this machine."""
+    that calibrate finds for this machine and for what the model writes greedily after training text."""
     model, corpus = load(run)
     ways = {"chain": chain(draft_sources(model.offsets))}
     if trees:
-        windows = corpus.windows("val", 64, model.gpt.config.block_size + 1)
-        ways["tree"] = calibrate(model, windows[1::2], compile=True, progress=False)["tree"]
+        begun = corpus.windows("train", 32, 16).tolist()
+        written_on = Decoder(model).generate(begun, model.gpt.config.block_size - 16).tokens
+        windows = torch.tensor([a + b for a, b in zip(begun, written_on)])
+        ways["tree"] = calibrate(model, windows, compile=True, progress=False)["tree"]
     return {f"compiled, {kind}, {way}, {what}": r[what]
             for kind, way, r in written(model, corpus, ways, prompts, rounds=3, compile=True)
             for what in ("block", "tokens_per_step", "tokens_per_second", "speedup", "identical")} | {
@@ -283,18 +293,23 @@ def own_text(name, run, tokens, seed):
                             progress=False)
 
 
-def parities(n, count, generator):
-    """The planning task: (count, 2n + 1) tokens x_1 .. x_n = y_n .. y_1, bits and 2 for "=", with y_i = x_1 + ... + x_i
-    modulo 2. Backwards: who has read y_(i+1) finds y_i with a glance at x_(i+1), but y_n, the first one, takes all."""
-    x = torch.randint(0, 2, (count, n), generator=generator)
-    return torch.cat([x, torch.full((count, 1), 2), (x.cumsum(1) % 2).flip(1)], dim=1)
+def parities(n, inputs):
+    """The planning task: inputs (count,), numbers of n bits -> (count, 2n + 1) tokens x_1 .. x_n = y_n .. y_1, bits and
+    2 for "=", with y_i = x_1 + ... + x_i modulo 2. Backwards: who has read y_(i+1) finds y_i with a glance at x_(i+1),
+    but y_n, the first one, takes all."""
+    x = inputs[:, None] >> torch.arange(n) & 1
+    return torch.cat([x, torch.full((len(x), 1), 2), (x.cumsum(1) % 2).flip(1)], dim=1)
 
 
 def plan(offsets, seed, bits, steps):
-    """Train on the planning task, every batch new, and ask for the answer to 1,000 questions: how often each of its
-    tokens is right, given those before it, and all of them."""
+    """Train on the planning task with three quarters of all inputs, and ask for the answers to the others: how often
+    each of their tokens is right, given those before it, and all of them."""
+    inputs = torch.randperm(2 ** bits, generator=torch.Generator().manual_seed(0))  # for every seed the same quarter
+    known, asked = inputs[2 ** bits // 4:], inputs[:2 ** bits // 4]
+
     def batch(split, batch_size, length, step, seed):
-        return parities(bits, batch_size, torch.Generator().manual_seed(1_000_003 * seed + step))
+        generator = torch.Generator().manual_seed(1_000_003 * seed + step)
+        return parities(bits, known[torch.randint(len(known), (batch_size,), generator=generator)])
     args = train.parse_args(["--offsets", ",".join(map(str, offsets)), "--steps", str(steps), "--batch-size", "128",
                              "--lr", "2e-3", "--device", str(Here.device), "--seed", str(seed)])
     train.check_args(args)
@@ -305,9 +320,9 @@ def plan(offsets, seed, bits, steps):
         train.compute_gradients(model, optimizers, SimpleNamespace(batch=batch), step, args, nullcontext)
         for optimizer in optimizers:
             optimizer.step()
-    test = parities(bits, 1000, torch.Generator().manual_seed(2**40)).to(Here.device)
+    test = parities(bits, asked).to(Here.device)
     with torch.no_grad():
-        right = (model.gpt(test[:, :-1])[0].argmax(-1) == test[:, 1:])[:, bits:].float()    # (1000, bits)
+        right = (model.gpt(test[:, :-1])[0].argmax(-1) == test[:, 1:])[:, bits:].float()    # (asked, bits)
     return {"whole answer": right.prod(1).mean().item(),
             **{f"token {i}": r for i, r in enumerate(right.mean(0).tolist(), 1)}}
 
@@ -331,15 +346,16 @@ def flops(options):
         with FlopCounterMode(display=False) as counter:
             joint_loss(model, idx, {} if share else {1: 0}, backward=True)
         found.append(counter.get_total_flops())
-    return found
+    return tuple(found)
 
 
 class Study:
     """The pieces of a size, shared by its parts.
 
-    All recipes may spend the same compute (floating point operations) on adding heads to a base. The unit of it is what
-    three resblock heads cost that are trained from scratch along with a backbone, on as much text as a base reads. What
-    is trained from scratch gets the compute of a base and of adding heads together.
+    All recipes may spend the same compute (floating point operations of the model; the optimizer's are not counted) on
+    adding heads to a base. The unit of it is what three resblock heads cost that are trained from scratch along with a
+    backbone, on as much text as a base reads. What is trained from scratch gets the compute of a base and of adding
+    heads together.
     """
 
     def __init__(self, size):
@@ -348,21 +364,21 @@ class Study:
         self.added = size.adaptation * (mtp - ntp)
         self.total = ntp + self.added
 
-    def options(self, shape=None, data="python", offsets="1", **more):
+    def options(self, shape=None, offsets="1", **more):
         """Of train.py."""
         size = self.size
         more = {**(shape or size.base)._asdict(), "batch_size": size.batch_size, "block_size": size.block_size, **more}
         flags = [[f"--{k.replace('_', '-')}"] + ([] if v is True else [str(v)]) for k, v in more.items()]
-        return ["--data", f"data/{data}", "--offsets", offsets, *sum(flags, [])]
+        return ["--offsets", offsets, *sum(flags, [])]
 
     def add(self, name, function, arguments, needs=(), alone=False):
         """A piece, once. -> its name"""
         self.pieces.setdefault(name, Piece(name, function, arguments, tuple(needs), alone))
         return name
 
-    def run(self, name, seed, compute=None, steps=None, warm_up=0.0, init=None, own=None, **options):
+    def run(self, name, seed, compute=None, steps=None, warm_up=0.0, init=None, data="python", own=None, **options):
         """A training run of so many steps, or of so much compute, of which the share `warm_up` is for the heads alone;
-        from the run `init`, on the corpus `own` of this study. -> the piece's name"""
+        from the run `init`, on a corpus, or on the corpus `own` of this study. -> the piece's name"""
         options = self.options(**options, lr=self.size.lr / 2 if init else self.size.lr)
         if compute:
             frozen, joint = flops(options)
@@ -372,8 +388,8 @@ class Study:
         options += ["--steps", str(steps), "--warmup", str(min(100, steps // 8)), "--eval-every",
                     str(max(1, steps // 4)), "--seed", str(seed)]
         name = f"{name}-s{seed}"
-        needs = [n for n in (init, own) if n]
-        return self.add(name, train_run, dict(name=name, options=options, init=init, own=own), needs)
+        arguments = dict(name=name, options=options, init=init, data=f"data/{data}", own=own)
+        return self.add(name, train_run, arguments, [n for n in (init, own) if n])
 
     def base(self, seed, shape=None, data="python"):
         """The next-token model of a shape, a corpus and a seed."""
@@ -386,12 +402,12 @@ class Study:
         return self.run(name, seed, compute=self.total, offsets=offsets)
 
     def joint(self, name, seed, offsets="1,2,3,4", **options):
-        """Heads on a base, with the compute of an adaptation."""
+        """Heads on a base, or with offsets "1" only more training, with the compute of an adaptation."""
         return self.run(name, seed, compute=self.added, init=self.base(seed), offsets=offsets, **options)
 
     def two_stages(self, name, seed, offsets):
         """L-MTP's recipe on a base, with the compute of an adaptation: the heads alone, on text that the base has
-        written; then all, on the corpus, the heads' losses weighing a tenth."""
+        written (which is not counted); then all, on the corpus, the heads' losses weighing a tenth."""
         base, own = self.base(seed), f"own-s{seed}"
         self.add(own, own_text, dict(name=own, run=base, tokens=self.size.own_tokens, seed=seed), [base])
         first = self.run(f"{name}-stage1", seed, compute=0.3 * self.added, init=base, own=own, offsets=offsets,
@@ -413,10 +429,9 @@ def scale(study):
     """Paper A, claims 1 and 2: what next-token models know about later tokens, by their size and by the text."""
     for shape in study.size.ladder:
         yield f"python, {shape.n_layer} x {shape.n_embd}", [study.foresight(study.base(s, shape)) for s in SEEDS]
-    shape = study.size.ladder[-2]
     for data in ("shakespeare", "multi30k"):
-        label = f"{data}, {shape.n_layer} x {shape.n_embd}"
-        yield label, [study.foresight(study.base(s, shape, data)) for s in SEEDS]
+        label = f"{data}, {TEXTS.n_layer} x {TEXTS.n_embd}"
+        yield label, [study.foresight(study.base(s, TEXTS, data)) for s in SEEDS]
 
 
 MTP, LEAP2, LEAP3 = "1,2,3,4", "1,3,5,7", "1,4,7,10"
@@ -447,6 +462,7 @@ RECIPES = {                                                                 # la
 def adapt(study):
     """Paper A, claims 3 to 6: how heads get on a next-token model, with the same compute for each recipe."""
     yield "NTP, marginalised", [study.foresight(study.base(s)) for s in SEEDS]
+    yield "NTP, trained on", [study.foresight(study.joint("ntp-trained-on", s, offsets="1")) for s in SEEDS]
     for label, options in RECIPES.items():
         name = label.replace("+ ", "joint ").replace(", ", "-").replace(" ", "-")
         yield label, [study.foresight(study.joint(name, s, **options)) for s in SEEDS]
@@ -463,9 +479,11 @@ def leap(study):
         runs = [study.scratch(name, offsets, s) for s in SEEDS]
         yield from both(label, runs, offsets)
         yield label, [study.measured(speed, r, prompts=8) for r in runs]
-    runs = [study.joint("leap2-joint", s, LEAP2) for s in SEEDS]
-    yield from both("leap k=2 on a base, one stage", runs, LEAP2)
-    yield from both("leap k=2 on a base, two stages", [study.two_stages("leap2", s, LEAP2) for s in SEEDS], LEAP2)
+    gently = dict(backbone_lr=0.1, head_weight=0.1)                         # as in the second of two stages
+    for label, of_seed in (("one stage", lambda s: study.joint("leap2-joint", s, LEAP2)),
+                           ("one gentle stage", lambda s: study.joint("leap2-joint-gently", s, LEAP2, **gently)),
+                           ("two stages", lambda s: study.two_stages("leap2", s, LEAP2))):
+        yield from both(f"leap k=2 on a base, {label}", [of_seed(s) for s in SEEDS], LEAP2)
 
 
 def planning(study):
@@ -497,27 +515,39 @@ def headline(study):
 PARTS = {f.__name__: f for f in (scale, layers, adapt, leap, planning, backbone, headline)}
 
 
-def training(name, pieces):
-    """The options of all training runs behind a piece, in their order. -> {run: options}"""
+def behind(names, pieces):
+    """Names, and all that these pieces need, in the order in which they can be done."""
     found = {}
-    for need in pieces[name].needs:
-        found |= training(need, pieces)
-    if pieces[name].function is train_run:
-        options, init, own = (pieces[name].arguments[k] for k in ("options", "init", "own"))
-        found[name] = " ".join(options + (["--init", init] if init else []) + (["--data", own] if own else []))
-    return found
+    for name in names:
+        found |= dict.fromkeys([*behind(pieces[name].needs, pieces), name])
+    return list(found)
 
 
-def table(rows, pieces, results):
+def table(rows, pieces, done):
     """rows as a part yields them -> [{label, values: {name of a number: one per seed}, train: {run: its options}, of
     the first seed}]"""
     found = {}
     for label, names in rows:
         row = found.setdefault(label, dict(label=label, values={}, train={}))
-        row["train"] |= training(names[0], pieces)
-        for key in results[names[0]]:
-            row["values"][key] = [results[n][key] for n in names]
+        for piece in (pieces[n] for n in behind(names[:1], pieces)):
+            if piece.function is train_run:
+                how = piece.arguments
+                source = ["--init", how["init"]] if how["init"] else []
+                row["train"][piece.name] = " ".join(["--data", how["own"] or how["data"], *how["options"], *source])
+        for key in done[names[0]]["result"]:
+            row["values"][key] = [done[n]["result"][key] for n in names]
     return list(found.values())
+
+
+def circumstances(rows, pieces, done):
+    """Where and when these rows' last piece was done, and how long all that is behind them took, one piece after the
+    other: {"side by side": those that share the cores, "alone": those that measure time}."""
+    names = behind([n for _, names in rows for n in names], pieces)
+    taken = {"side by side": 0.0, "alone": 0.0}
+    for name in names:
+        taken["alone" if pieces[name].alone else "side by side"] += done[name]["seconds"]
+    return dict(environment=max((done[n]["environment"] for n in names), key=lambda e: e["date"]),
+                seconds={kind: round(seconds) for kind, seconds in taken.items()})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -566,13 +596,17 @@ def main():
         os.chdir(ROOT)                                                      # where data/ is, also for other processes
         study = Study(SIZES[name])
         rows = {part: list(PARTS[part](study)) for part in PARTS if part in args.only}
-        pieces = list(study.pieces.values())
+        done = done_of(folder, study.pieces.values())
         if args.list:
-            done = results_of(folder, pieces)
-            for piece in pieces:
-                print(f"{'done' if piece.name in done else '':5}{piece.name}")
+            for piece in study.pieces:
+                print(f"{'done' if piece in done else '':5}{piece}")
             return
-        for data in sorted({piece.arguments["options"][1] for piece in pieces if piece.function is train_run}):
+        if any(p.alone and p.name not in done for p in study.pieces.values()) and not can_compile(device):
+            print("torch.compile does not work here, so no speeds are measured", file=sys.stderr)
+            study.pieces = {n: p for n, p in study.pieces.items() if not p.alone}
+            rows = {part: [row for row in some if row[1][0] in study.pieces] for part, some in rows.items()}
+        pieces = list(study.pieces.values())
+        for data in sorted({piece.arguments["data"] for piece in pieces if piece.function is train_run}):
             if not (ROOT / data / "meta.json").exists():
                 prepare(Path(data).name)
             Corpus(data)                                                    # what is wrong with it is said now
@@ -582,14 +616,13 @@ def main():
         except KeyboardInterrupt:
             raise KeyboardInterrupt("stopped; the same command goes on") from None
         finally:                                                            # what is complete is written in any case
-            results = results_of(folder, pieces)
+            done = done_of(folder, pieces)
             for part, part_rows in rows.items():
-                if all(n in results for _, names in part_rows for n in names):
+                if part_rows and all(n in done for _, names in part_rows for n in names):
                     train.write_whole(results_folder / f"study_{name}_{part}.json", json.dumps(dict(
                         part=part, size=name, command=f"python experiments/study.py --size {name} --only {part}",
-                        environment=train.environment(device), settings=asdict(study.size), seeds=SEEDS,
-                        seconds=seconds_of(folder, pieces),
-                        rows=table(part_rows, study.pieces, results)), indent=1) + "\n")
+                        **circumstances(part_rows, study.pieces, done), settings=asdict(study.size), seeds=SEEDS,
+                        rows=table(part_rows, study.pieces, done)), indent=1) + "\n")
         print(f"next: python experiments/findings.py --size {name}")
 
 
