@@ -17,7 +17,7 @@ from conftest import ROOT, TINY, assert_one_line_error, command
 sys.path.insert(0, str(ROOT / "experiments"))
 import findings
 import study
-from decode import expected_tokens_per_step
+from decode import chain, expected_tokens_per_step, held_out_acceptance
 from study import MTP, PARTS, RECIPES, SEEDS, SIZES, Piece, Shape, Study, do, do_all, done_of, flops, parities, stamps
 
 TINY_SIZE = replace(SIZES["quick"], ladder=(Shape(1, 1, 16),), base=Shape(1, 1, 16), steps=20, batch_size=2)
@@ -163,6 +163,11 @@ def test_every_recipe_gets_the_same_compute(label):
     assert alone * frozen + (steps - alone) * joint == pytest.approx(made.added, abs=max(frozen, joint))
 
 
+def test_a_larger_budget_for_adding_heads_is_also_one_for_training_from_scratch():
+    one, three = (Study(replace(TINY_SIZE, adaptation=n)) for n in (1, 3))
+    assert three.added == 3 * one.added and three.total - three.added == one.total - one.added > 0
+
+
 def test_every_part_names_pieces_that_exist_and_seeds_differ_in_nothing_else():
     made = Study(SIZES["quick"])
     for part in PARTS.values():
@@ -227,8 +232,17 @@ def test_models_are_measured_on_held_out_text(here, corpus):
     assert found["nats"] > np.log(26)
     for what in ("model t+1", "marginalisation t+2", "own head t+2", "accuracy of offset 2", "greedy rollout t+3"):
         assert found[what] < 0.15, what
+    model, text = study.load("run")
+    windows, (asked, position) = text.windows("val", 16, 65), study.questions(text, 64, 4, 16, 16)
+    with torch.no_grad():
+        nats = torch.nn.functional.cross_entropy(model.gpt(windows[:, :-1])[0].transpose(1, 2), windows[:, 1:]).item()
+        guess = model.gpt(asked[:, :-1])[0].argmax(-1).gather(1, position)
+    assert found["nats"] == pytest.approx(nats)
+    assert found["model t+1"] == pytest.approx((guess == asked.gather(1, position + 1)).float().mean().item())
     assert all(v < 0.15 for v in study.read_layers("run", 16, probe_steps=40).values())
     found = study.draft("run", (1, 2, 3, 4), prompts=2)
+    assert found["real text, chain"] == held_out_acceptance(model, text.windows("val", 64, 65)[::2], chain(
+        {j: (j, 0) for j in (2, 3, 4)}))[0]
     assert 1 <= found["real text, chain"] < 1.15 < found["greedy, chain"]   # what it writes itself it can foresee
     assert found["greedy, NTP"] == found["sampled, NTP"] == 1 and found["greedy, chain"] > found["sampled, chain"]
     assert all(found[f"{kind}, {way}, identical"] for kind in ("greedy", "sampled") for way in ("NTP", "chain", "tree"))
