@@ -285,6 +285,7 @@ def processes(device):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     yield
     if several:
+        dist.barrier()                                                      # none leaves while another still saves
         dist.destroy_process_group()
 
 
