@@ -131,7 +131,7 @@ def of_adapt(part):
     base, trained_on, *labels = part.labels
     asked, head = ({label: part[label, key] for label in labels} for key in ("own head t+2", "accuracy of offset 2"))
     known, known_then = (part[label, "marginalisation t+2"] for label in (base, trained_on))
-    lost = {label: part[label, "nats"] - part[base, "nats"] for label in labels}
+    lost = {label: part[label, "lost"] for label in labels}
     frozen, joint = ([x for x in labels if x != "from scratch" and x.startswith("frozen") == f] for f in (True, False))
 
     def best(some, of):

@@ -291,11 +291,8 @@ def test_the_study_would_train_today_what_its_result_files_say(file):
     """Whoever changes a recipe, a size or how compute is counted has to measure again."""
     found = json.loads(file.read_text())
     made = Study(SIZES[found["size"]])
-    rows = [(label, [n for n in names]) for label, names in PARTS[found["part"]](made)]
-    class Anything(dict):                                                   # results are not what is compared
-        def __missing__(self, name):
-            return dict(result={})
-    today = study.table(rows, made.pieces, Anything())
+    rows = list(PARTS[found["part"]](made))
+    today = study.table(rows, made.pieces, {name: dict(result={}) for name in made.pieces})
     assert [(r["label"], r["train"]) for r in today] == [(r["label"], r["train"]) for r in found["rows"]]
     assert found["settings"] == json.loads(json.dumps(study.asdict(SIZES[found["size"]])))
 
@@ -383,7 +380,8 @@ def test_every_recipe_counts_against_its_own_mark_and_against_others_everywhere(
         """All recipes alike but one."""
         heads = {recipe: (0.46, 0.4, 1) for recipe in [*RECIPES, "from scratch"]} | {label: (asked, everywhere, nats)}
         heads = {recipe: dict(zip(("own head t+2", "accuracy of offset 2", "nats"), v)) for recipe, v in heads.items()}
-        return verdicts(findings.of_adapt(part(tmp_path, rows | heads)))
+        part(tmp_path, rows | heads)
+        return verdicts(findings.of_adapt(findings.load(tmp_path, "quick")["adapt"]))
     # frozen below, joint against frozen, joint below, rates, warm-up, WHS frozen, WHS joint, WHS best, from scratch
     assert said("frozen, WHS") == ["reproduced", unseen, "reproduced", *[unseen] * 6]
     assert said("frozen, WHS", asked=0.6)[0] == no and said("joint, weight 0.3", asked=0.6)[2] == "reproduced"
