@@ -52,13 +52,15 @@ class GPTConfig:
 class KVCache:
     """Keys and values of every layer, for `batch` rows of `slots` tokens each; all of it allocated at once.
 
-    `layers[i]` is one tensor (B, S, 2C): keys in the first C columns, values in the rest, so that storing a token is
-    one row copy. Nothing is ever erased: a slot is written before a mask first lets anybody see it.
+    `layers[i]` is one tensor (B * S, 2C): a row per slot, keys in the first C columns and values in the rest, so that
+    storing a token is one row copy. It has no third dimension because torch.compile (2.11) only copies a row in place
+    where it need not reshape; otherwise it clones the whole layer at every step. Nothing is ever erased: a slot is
+    written before a mask first lets anybody see it.
     """
 
     def __init__(self, n_layer, n_embd, batch, slots, device=None, dtype=None):
         self.slots = slots
-        self.layers = [torch.zeros(batch, slots, 2 * n_embd, device=device, dtype=dtype) for _ in range(n_layer)]
+        self.layers = [torch.zeros(batch * slots, 2 * n_embd, device=device, dtype=dtype) for _ in range(n_layer)]
 
 
 def block_mask(position, visible, slots, dtype):
@@ -91,9 +93,9 @@ class Attention(nn.Module):
     def forward(self, x, cache=None, slots=None, mask=None):
         B, T, C = x.shape
         q, kv = self.c_attn(x).split([C, 2 * C], dim=2)                     # (B, T, C), (B, T, 2C)
-        if cache is not None:                                               # cache (B, S, 2C), slots (B*T,)
-            cache.view(-1, 2 * C).index_copy_(0, slots, kv.reshape(B * T, 2 * C).to(cache.dtype))
-            q, kv = q.to(cache.dtype), cache                                # from here on S keys instead of T
+        if cache is not None:                                               # cache (B*S, 2C), slots (B*T,)
+            cache.index_copy_(0, slots, kv.reshape(B * T, 2 * C).to(cache.dtype))
+            q, kv = q.to(cache.dtype), cache.view(B, -1, 2 * C)             # from here on S keys instead of T
         k, v = kv.split(C, dim=2)
         q, k, v = (t.view(B, -1, self.n_head, C // self.n_head).transpose(1, 2) for t in (q, k, v))  # (B, nh, ., hs)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
@@ -127,7 +129,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, cache=None, slots=None, mask=None):
-        """x (B, T, C) -> (B, T, C). With a cache: the layer's (B, S, 2C), the slots (B*T,) of its B*S rows that
+        """x (B, T, C) -> (B, T, C). With a cache: the layer's (B*S, 2C), the slots (B*T,) of its rows that
         receive these tokens' keys and values, and the mask (B, 1, T, S) from block_mask."""
         x = x + self.attn(self.ln_1(x), cache, slots, mask)
         return x + self.mlp(self.ln_2(x))

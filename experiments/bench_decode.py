@@ -29,11 +29,13 @@ import time
 from pathlib import Path
 
 import torch
+from torch.nn.attention import SDPBackend
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data.loader import Corpus
-from decode import Decoder, Node, can_compile, chain, load_tree, ready, step_latencies
+import decode
+from decode import Decoder, Node, can_compile, chain, load_tree, ready, step_latencies, timed
 from heads import HeadsConfig, MultiTokenGPT, draft_sources
 from model import GPT, GPTConfig, InputError
 from train import check_output, environment, load_checkpoint, one_line_errors, pick_device, write_whole
@@ -45,6 +47,8 @@ SIZES = {                                                                   # GP
 }
 OFFSETS = (1, 2, 3, 4, 5, 7)
 METHODS = {"NTP": (1,), "MTP": (1, 2, 3, 4), "leap": (1, 3, 5, 7)}
+PARTS = ("latency", "batches", "generate")
+ATTENTION = {"efficient": decode.ATTENTION, "cudnn": [SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH]}
 PROMPT, LENGTH = 64, 256                                                    # tokens of a prompt, and with its text
 
 
@@ -67,20 +71,9 @@ def read_bandwidth(device):
     return found
 
 
-def timed(f, device):
-    """Seconds that f() takes."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    f()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
-
-
 def step_bytes(decoder, batch_size=1):
     """Bytes that one step must read: the weights it uses, each once, and the keys and values of half the context."""
-    used = [decoder.gpt.transformer.h, decoder.gpt.lm_head, *decoder.heads]
+    used = [decoder.gpt.transformer.h, *decoder.unembeddings, *decoder.heads]
     weights = sum(p.numel() for module in used for p in module.parameters()) * decoder.gpt.lm_head.weight.element_size()
     layer = decoder.states[batch_size].caches[0].layers[0]
     token = decoder.config.n_layer * layer.shape[-1] * layer.element_size()
@@ -248,24 +241,28 @@ def parse_args():
                                             "transformers, batches, and what the sampling noise gains.")
     p.add_argument("--run", help="a trained run for the toy size (default: random weights)")
     p.add_argument("--sizes", nargs="+", choices=list(SIZES), help="default: toy 124M, and 1.5B on CUDA")
+    p.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure")
     p.add_argument("--blocks", nargs="+", type=int, default=[1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32], help="block sizes")
     p.add_argument("--batches", nargs="+", type=int, default=[1, 8], help="batch sizes")
     p.add_argument("--prompts", type=int, default=2, help="prompts for each method")
     p.add_argument("--rounds", type=int, default=3, help="timed repetitions; medians are shown")
     p.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     p.add_argument("--compile", choices=["auto", "no"], default="auto")
+    p.add_argument("--attention", choices=list(ATTENTION), default="efficient", help="which kernels, on CUDA")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
-    p.add_argument("--out", metavar="FILE", help="write the results as JSON, and the figure beside it as PNG")
+    p.add_argument("--out", metavar="FILE", help="write the results as JSON, after every part, and at the end the "
+                   "figure beside it as PNG")
     p.error = lambda message: p.exit(2, f"bench_decode.py: error: {message}\n")
     return p.parse_args()
 
 
 def bench(args):
-    """Everything, printed as it is found. -> results"""
+    """Everything, printed and kept as it is found. -> results"""
     device, dtype = pick_device(args.device), getattr(torch, args.dtype)
     bandwidth = read_bandwidth(device)
     results = dict(environment=environment(device), dtype=args.dtype, read_bandwidth=bandwidth, sizes={},
                    command=" ".join(sys.argv))
+    decode.ATTENTION, results["attention"] = ATTENTION[args.attention], args.attention
     how = dict(compile=args.compile == "auto" and can_compile(device))
     print(f"{results['environment']['device_name']}, {args.dtype}, reads {bandwidth / 1e9:,.1f} GB/s, "
           f"{'compiled' if how['compile'] else 'eager'}")
@@ -282,38 +279,49 @@ def bench(args):
             prompts = Corpus(state["args"]["data"]).windows("val", args.prompts, PROMPT).tolist()
             size["weights"] = "trained"
         else:
-            model = MultiTokenGPT(GPT(GPTConfig(**SIZES[name])), HeadsConfig(OFFSETS))
+            with torch.device(device):                                      # a large one is long in the making elsewhere
+                model = MultiTokenGPT(GPT(GPTConfig(**SIZES[name])), HeadsConfig(OFFSETS))
         size["parameters"] = sum(p.numel() for p in model.gpt.parameters())
         model = ready(model.to(device), dtype)                              # once for all decoders
-        bar = tqdm(total=len(args.blocks) + len(args.batches) + 7 + args.rounds, desc=name, leave=False, disable=None)
-        size["latency"] = bench_latency(model, how, bandwidth, args.blocks, bar)
-        size["batches"] = bench_batches(model, how, args.batches, bar)
-        size["generate"], size["notes"] = bench_generate(model, how, prompts, tree, args.rounds, bar)
-        if size["weights"] == "trained":
-            size["coupling"] = bench_coupling(ready(model, torch.float32), prompts)    # where texts are equal
-        bar.close()
-        show(name, size)
+        print(f"\n{name}: {size['parameters'] / 1e6:.1f}M parameters, {size['weights']} weights")
+        steps = dict(latency=len(args.blocks), batches=len(args.batches), generate=7 + args.rounds)
+        with tqdm(total=sum(steps[part] for part in args.parts), desc=name, leave=False, disable=None) as bar:
+            for part in args.parts:
+                if part == "latency":
+                    size["latency"] = bench_latency(model, how, bandwidth, args.blocks, bar)
+                elif part == "batches":
+                    size["batches"] = bench_batches(model, how, args.batches, bar)
+                else:
+                    size["generate"], size["notes"] = bench_generate(model, how, prompts, tree, args.rounds, bar)
+                    if size["weights"] == "trained":                        # in float32, where texts are equal
+                        size["coupling"] = bench_coupling(ready(model, torch.float32), prompts)
+                with bar.external_write_mode():
+                    show(part, size)
+                if args.out:                                                # what is measured is not lost
+                    write_whole(args.out, json.dumps(results, indent=1) + "\n")
     return results
 
 
-def show(name, size):
-    """Print the results of one size as tables."""
-    print(f"\n{name}: {size['parameters'] / 1e6:.1f}M parameters, {size['weights']} weights\n"
-          f"{'block':>5}{'ms/step':>10}{'relative':>10}{'MBU':>7}")
-    for r in size["latency"]:
-        print(f"{r['block']:5}{r['ms']:10.3f}{r['relative']:10.2f}{r['mbu']:7.2f}")
-    print(f"\n{'whole texts':38}{'tokens/s':>10}{'tokens/step':>13}{'over NTP':>10}{'efficiency':>12}  "
-          f"over transformers  text")
-    for r in size["generate"]:
-        print(f"{r['method']:38}{r['tokens_per_second']:10,.0f}{r['tokens_per_step']:13.2f}{r['over_ntp']:9.2f}x"
-              f"{r['efficiency']:12.2f}{r['over_transformers']:18.2f}x  {'same' if r['same_text'] else 'differs'}")
-    for method, note in size["notes"].items():
-        print(f"{method} {note}")
-    print("\nbatch  " + "  ".join(f"{r['batch']} {r['method']} {r['ms']:.2f} ms ({r['efficiency']:.2f})"
-                                  for r in size["batches"]))
-    for r in size.get("coupling", []):
-        print(f"temperature 1, {r['method']}: {r['coupled']:.2f} tokens/step with the model's noise, "
-              f"{r['argmax']:.2f} without")
+def show(part, size):
+    """Print one part of the results of one size as a table."""
+    if part == "latency":
+        print(f"{'block':>5}{'ms/step':>10}{'relative':>10}{'MBU':>7}")
+        for r in size["latency"]:
+            print(f"{r['block']:5}{r['ms']:10.3f}{r['relative']:10.2f}{r['mbu']:7.2f}")
+    elif part == "batches":
+        print("batch  " + "  ".join(f"{r['batch']} {r['method']} {r['ms']:.2f} ms ({r['efficiency']:.2f})"
+                                    for r in size["batches"]))
+    else:
+        print(f"{'whole texts':38}{'tokens/s':>10}{'tokens/step':>13}{'over NTP':>10}{'efficiency':>12}  "
+              f"over transformers  text")
+        for r in size["generate"]:
+            print(f"{r['method']:38}{r['tokens_per_second']:10,.0f}{r['tokens_per_step']:13.2f}{r['over_ntp']:9.2f}x"
+                  f"{r['efficiency']:12.2f}{r['over_transformers']:18.2f}x  {'same' if r['same_text'] else 'differs'}")
+        for method, note in size["notes"].items():
+            print(f"{method} {note}")
+        for r in size.get("coupling", []):
+            print(f"temperature 1, {r['method']}: {r['coupled']:.2f} tokens/step with the model's noise, "
+                  f"{r['argmax']:.2f} without")
 
 
 def main():
@@ -328,8 +336,7 @@ def main():
             raise InputError("--out names the JSON file; the figure is written beside it")
         check_output("out", args.out)
         results = bench(args)
-        if args.out:
-            write_whole(args.out, json.dumps(results, indent=1) + "\n")
+        if args.out and {"latency", "generate"} <= set(args.parts):
             draw(results, Path(args.out).with_suffix(".png"))
         print(json.dumps(results))
 

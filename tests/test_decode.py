@@ -10,10 +10,10 @@ import transformers
 
 from conftest import assert_one_line_error, command, tiny_model
 import decode
-from decode import (BLOCKS, CHUNK, Decoder, Generation, Node, accepted_depths, calibrate, can_compile, chain,
-                    check_rounding, compare, default_methods, depths, expected_tokens_per_step, filter_logits,
-                    grow_tree, guess_hits, gumbel_noise, held_out_acceptance, html_page, method_name, print_table,
-                    trace, walk, write_corpus_of_its_own)
+from decode import (BLOCKS, CHUNK, PART, Decoder, Generation, Node, accepted_depths, argmax, calibrate, can_compile,
+                    chain, check_rounding, compare, cumulative_sum, default_methods, depths, expected_tokens_per_step,
+                    filter_logits, grow_tree, guess_hits, gumbel_noise, held_out_acceptance, html_page, method_name,
+                    print_table, trace, walk, write_corpus_of_its_own)
 from data.loader import Corpus
 from data.prepare import get_tokenizer
 from heads import draft_sources
@@ -117,7 +117,8 @@ def test_a_decoder_can_be_used_again_and_forgets_what_it_wrote():
     model = tiny_model()
     used = Decoder(model, LEAP)
     used.generate([[9] * 20, [8] * 11, [7]], 40)
-    assert used.generate(PROMPTS, 30) .tokens == Decoder(model, LEAP).generate(PROMPTS, 30).tokens
+    again, fresh = (decoder.generate(PROMPTS, 30, record=True) for decoder in (used, Decoder(model, LEAP)))
+    assert (again.tokens, again.history) == (fresh.tokens, fresh.history)
 
 
 def test_the_whole_context_can_be_used():
@@ -184,16 +185,43 @@ def test_a_new_decoder_knows_what_the_model_learned_meanwhile():
                 p.add_(0.1 * torch.randn_like(p))
 
 
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("compile", [False, True])
-def test_on_a_gpu_every_method_emits_the_same_text(compile):
-    model = tiny_model().cuda()
-    trees = [chain(draft_sources(m)) for m in METHODS] + [BUSHY]
-    texts = [Decoder(model, tree=tree, temperature=t, compile=compile).generate(PROMPTS, 40).tokens
-             for t in (0.0, 1.0) for tree in trees]
-    half = len(trees)
-    assert all(t == texts[0] for t in texts[:half]) and all(t == texts[half] for t in texts[half:])
+def test_a_padded_unembedding_never_emits_or_drafts_a_token_that_does_not_exist(monkeypatch):
+    models = [tiny_model(own=own) for own in (False, True)]
+    plain = [Decoder(model, tree=BUSHY, temperature=t).generate(PROMPTS, 30) for model in models for t in (0.0, 1.0)]
+    monkeypatch.setitem(decode.PADDING, "cpu", 64)                          # as on CUDA: 31 tokens, 64 rows of logits
+    wide = [Decoder(model, tree=BUSHY, temperature=t).generate(PROMPTS, 30) for model in models for t in (0.0, 1.0)]
+    assert Decoder(models[0]).unembeddings[0].out_features == 64
+    assert [(g.tokens, g.steps) for g in wide] == [(g.tokens, g.steps) for g in plain]
+
+
+CUDA = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+@pytest.mark.parametrize("compile", [pytest.param(c, marks=CUDA) for c in (False, True)])
+@pytest.mark.parametrize("kind, whs", [("resblock", False), ("block", False), ("resblock", True)])
+def test_on_a_gpu_every_method_emits_the_text_that_the_cpu_emits(kind, whs, compile):
+    model = tiny_model(kind=kind, whs=whs, block_size=3 * CHUNK)
+    prompts = [*PROMPTS, [3] * (CHUNK + 5)]                                 # prompts of one chunk and of two
+    for temperature in (0.0, 1.0):
+        expected = Decoder(model, NTP, temperature=temperature).generate(prompts, 40).tokens
+        for tree in [*(chain(draft_sources(m)) for m in METHODS), BUSHY]:
+            decoder = Decoder(model.cuda(), tree=tree, temperature=temperature, compile=compile)
+            for _ in range(2):                                              # a captured graph forgets the text before
+                assert decoder.generate(prompts, 40).tokens == expected
+        model.cpu()
+
+
+@pytest.mark.parametrize("tree", [pytest.param(tree, marks=CUDA) for tree in ((), chain(draft_sources(LEAP)), BUSHY)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu_a_large_vocabulary_is_sampled_by_a_compiled_step(dtype, tree):
+    model = tiny_model(vocab_size=50257, n_embd=64).cuda()
+    options = dict(temperature=1.0, dtype=dtype, seed=3)
+    decoder = Decoder(model, tree=tree, compile=True, **options)
+    counts = check_rounding(decoder, PROMPTS, decoder.generate(PROMPTS, 40).tokens)
+    assert counts["argmax"] > 0 and counts["neither"] == 0
+    filtered = dict(options, top_k=50, top_p=0.9)
+    texts = [Decoder(model, tree=tree, compile=c, **filtered).generate(PROMPTS, 40).tokens for c in (False, True)]
+    assert dtype != torch.float32 or texts[0] == texts[1]
 
 
 # Steps, drafts and where tokens come from
@@ -347,6 +375,19 @@ def test_top_k_and_top_p_hide_the_improbable():
     assert filter_logits(logits.flip(0), top_k=3, top_p=0.99).isfinite().tolist() == [False, False, True, True, True]
 
 
+@pytest.mark.parametrize("vocab_size", [3, PART, PART + 1, 5 * PART - 1])
+def test_large_vocabularies_are_reduced_and_summed_in_parts(vocab_size):
+    torch.manual_seed(0)
+    scores = torch.randn(40, vocab_size)
+    first = torch.randint(0, vocab_size, (40,)).tolist()
+    for row, i in zip(scores, first):
+        row[[i, (i + vocab_size) // 2, -1]] = 9.0                           # of several that are largest the first counts
+    assert argmax(scores).tolist() == first
+    assert argmax(scores - math.inf).tolist() == [0] * 40
+    p = scores.softmax(-1)
+    torch.testing.assert_close(cumulative_sum(p), p.double().cumsum(-1).float())
+
+
 # Predicting the speed
 
 def test_expected_tokens_per_step_by_enumeration():
@@ -445,7 +486,16 @@ def test_calibrate_takes_a_smaller_tree_where_wider_blocks_cost_more(cost, small
     assert 1 + len(found["tree"]) == best["block"]
 
 
-# 16 bits
+# Rounding
+
+def test_a_text_in_float32_is_held_against_float64():
+    decoder = Decoder(tiny_model(), LEAP)
+    tokens = decoder.generate(PROMPTS, 50).tokens
+    counts = check_rounding(decoder, PROMPTS, tokens)
+    assert counts["argmax"] == 150 and counts["neither"] == 0 and 0 < counts["margin"] < 1e-4
+    tokens[1][-1] = (tokens[1][-1] + 1) % 31
+    assert check_rounding(decoder, PROMPTS, tokens)["neither"] == 1
+
 
 @pytest.mark.parametrize("options", [dict(), dict(temperature=1.0)])
 def test_a_text_in_bfloat16_is_the_models_but_for_near_ties(options):
@@ -492,6 +542,13 @@ def test_compare_notices_a_text_that_differs(monkeypatch, capsys):
     assert [r["identical"] for r in records] == [True, False]
     print_table("greedy", records)
     assert "DIFFERENT" in capsys.readouterr().out
+    records[0]["rounding"]["near_tie"] = 2                                  # the first text may have taken another way
+    print_table("greedy", records)
+    shown = capsys.readouterr().out
+    assert "DIFFERENT" not in shown and "2 near-ties" in shown and "0 near-ties" in shown
+    records[1]["rounding"]["neither"] = 1
+    print_table("greedy", records)
+    assert "1 WRONG" in capsys.readouterr().out
 
 
 def test_however_prompts_are_cut_into_batches_the_sampled_texts_are_the_same():

@@ -3,6 +3,7 @@ import json
 import subprocess
 
 import pytest
+import torch
 
 from conftest import ROOT, assert_one_line_error, command
 
@@ -66,6 +67,47 @@ def test_the_training_benchmark_compares_time_and_memory(tmp_path):
     assert speed["ratio"] == speed["ours"] / speed["plain"] and memory["ratio"] == memory["eight_heads"] / memory["ntp"]
     assert 0.9 < found["memory"]["ratio"] < 1.5 and found["memory"]["ntp"] > 8 * 256 * 50257 * 4    # logits, at least
     assert_one_line_error(command("experiments/bench_train.py", "--rounds", 0), "at least 1")
+
+
+def test_the_benchmark_keeps_what_it_has_measured_and_measures_only_what_is_asked_for(tmp_path):
+    result = command(BENCH, *FAST, "--parts", "latency", "batches", "--out", tmp_path / "bench.json")
+    assert result.returncode == 0, result.stderr
+    toy = json.loads((tmp_path / "bench.json").read_text())["sizes"]["toy"]
+    assert toy["latency"] and toy["batches"] and "generate" not in toy
+
+
+PROGRAM = """
+def triton_poi_fused_gelu_0(in_ptr0):
+    pass
+def call(args):
+    extern_kernels.addmm(arg0, arg1, out=buf0)
+    triton_poi_fused_gelu_0.run(buf0, 3072, stream=stream0)
+    triton_poi_fused_gelu_0.run(buf1, 3072, stream=stream0)
+    buf2 = torch.ops.aten._scaled_dot_product_efficient_attention.default(buf0, buf1, 1.0)
+    buf3 = torch.ops.aten.topk.default(buf2, 4)
+    triton_poi_fused_add_index_put_12.run(buf3, 7, stream=stream0)
+"""
+
+
+def test_launches_are_counted_by_what_they_are_for():
+    from experiments.cuda_lowering import count
+    found = count(PROGRAM)
+    assert found["launches"] == {"matrix products": 1, "GELU": 2, "attention": 1, "picking tokens": 1, "bookkeeping": 1}
+    assert found["total"] == 6 and set(found["operators"]) == {
+        "addmm", "topk", "_scaled_dot_product_efficient_attention"}
+
+
+def test_compiling_for_an_imagined_gpu_says_what_it_needs():
+    assert_one_line_error(command("experiments/cuda_lowering.py", "--only", "7B"), "no variant", "toy NTP")
+    if torch.version.cuda is None:
+        assert_one_line_error(command("experiments/cuda_lowering.py"), "CUDA build")
+
+
+def test_every_variant_of_the_step_compiles_for_an_h200_as_the_committed_result_says():
+    found = json.loads((ROOT / "experiments/results/cuda_lowering.json").read_text())["rows"]
+    assert not [row for row in found if "error" in row]
+    total = {row["name"]: row["total"] for row in found}
+    assert total["124M NTP"] <= 115 and total["124M MTP"] <= 126 and total["1.5B NTP"] <= 440
 
 
 @pytest.mark.parametrize("script", ["gpu.sh", "marginalize.sh"])
