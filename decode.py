@@ -43,15 +43,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from tqdm import tqdm
 
 from data.loader import Corpus
 from data.prepare import CORPUS_FILES, OWN_TEXT, get_tokenizer, write_corpus
 from heads import (BlockHead, ResBlockHead, check_offsets, draft_sources, leap_offsets, parse_offsets,
                    weighted_hidden_states)
 from model import InputError, KVCache, block_mask
-from train import (check_output, corpus_of, environment, load_checkpoint, load_model, one_line_errors, pick_device,
-                   write_whole)
+from train import (Progress, check_output, corpus_of, environment, load_checkpoint, load_model, one_line_errors,
+                   pick_device, write_whole)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -772,8 +771,7 @@ def calibrate(model, windows, nodes=None, batch_size=1, dtype=None, compile=Fals
         table = [dict(block=1 + len(tree), tokens_per_step=tokens_per_step(tree))]
         return dict(tree=tree, table=table, accuracy=accuracy)
     ntp, table, best, model = None, [], 0.0, ready(model, dtype)
-    for block in tqdm([b for b in BLOCKS if b <= 1 + len(tree)], desc="calibrate", unit="block", leave=False,
-                      disable=None if progress else True):
+    for block in Progress([b for b in BLOCKS if b <= 1 + len(tree)], progress, desc="calibrate", unit="block"):
         decoder = Decoder(model, tree=tree[:block - 1], compile=compile, max_length=max_length)
         ntp = ntp or decoder
         base, seconds = step_latencies([ntp, decoder], batch_size)
@@ -874,8 +872,7 @@ def compare(model, methods, prompts, new_tokens, temperatures=(0.0, 1.0), rounds
     model = ready(model, dtype)                                             # once for all decoders
     batches = [prompts[i:i + batch_size] for i in range(0, len(prompts), batch_size)]
     max_length = max(map(len, prompts)) + new_tokens
-    bar = tqdm(total=len(methods) * len(temperatures) * (1 + rounds), unit="run", leave=False,
-               disable=None if progress else True)
+    bar = Progress(None, progress, total=len(methods) * len(temperatures) * (1 + rounds), unit="run")
     records, generations = [], {}
     for temperature in temperatures:
         decoders = {}
@@ -959,8 +956,7 @@ def write_corpus_of_its_own(model, corpus, folder, tokens, temperature=1.0, top_
     rows = max(20, -(-tokens // length))                                    # at least one for validation
     prompts = corpus.windows("train", rows, prompt_tokens).tolist()
     texts = []
-    with tqdm(total=rows * length, desc="generate", unit="token", unit_scale=True, leave=False,
-              disable=None if progress else True) as bar:
+    with Progress(None, progress, total=rows * length, desc="generate", unit="token", unit_scale=True) as bar:
         for i in range(0, rows, batch_size):                                # row i's noise is its own in any batch
             part = prompts[i:i + batch_size]
             filled = part + part[:1] * (batch_size - len(part))             # one shape, one program

@@ -35,10 +35,10 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from model import GPT2_NAMES, InputError, KVCache
-from train import check_output, corpus_of, environment, load_model, one_line_errors, pick_device, write_whole
+from train import (Progress, check_output, corpus_of, environment, load_model, one_line_errors, pick_device,
+                   write_whole)
 
 MAX_NODES = 1024                                                            # branches in one forward pass
 
@@ -352,8 +352,7 @@ def measure(model, windows, position, horizon, unigram, branches, method="beam",
         for values, found in zip(kept, score(probs, target[distance - 1][rows, columns])):
             values[rows, columns] = found.float().cpu()
 
-    with tqdm(total=2 * W * P, desc="look ahead", unit="position", leave=False,
-              disable=None if progress else True) as bar:
+    with Progress(None, progress, total=2 * W * P, desc="look ahead", unit="position") as bar:
         for reader, way in (("marginalisation", (branches, method)), ("greedy rollout", (1, "beam"))):
             for rows, columns, found in look_ahead(gpt, idx, position, horizon, *way, max_nodes, seed):
                 for d, m in enumerate(found, 1):
@@ -394,8 +393,7 @@ def truncation(gpt, windows, position, horizon, nodes, max_nodes=MAX_NODES, seed
     records, (W, P), V = [], position.shape, gpt.config.vocab_size
     affordable = [d for d in range(2, horizon + 1) if 2 * V ** (d - 1) <= nodes]    # two questions at least
     ks = [k for k in (1, 4, 16, 64) if k <= min(V, max_nodes)]
-    bar = tqdm(total=len(affordable) * (1 + len(ks)), desc="truncation", leave=False,
-               disable=None if progress else True)
+    bar = Progress(None, progress, total=len(affordable) * (1 + len(ks)), desc="truncation", unit="sum")
     for d in affordable:
         n = min(W * P, nodes // V ** (d - 1))
         some = torch.linspace(0, W - 1, min(n, W)).long()                   # spread over windows, then positions
@@ -446,7 +444,7 @@ def train_probes(gpt, corpus, distances=(1, 2), steps=300, batch_size=8, lr=1e-2
     parameters = [p for layers in probes.values() for probe in layers for p in probe.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=lr)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
-    for step in tqdm(range(steps), desc="probes", unit="step", leave=False, disable=None if progress else True):
+    for step in Progress(range(steps), progress, desc="probes", unit="step"):
         idx = corpus.batch("train", batch_size, config.block_size + 1, step, seed)
         asked = counted(idx, corpus)
         idx, asked = idx.to(device), asked.to(device)

@@ -18,6 +18,7 @@ share, the command line.
 """
 import argparse
 import datetime
+import io
 import json
 import math
 import os
@@ -76,13 +77,70 @@ def recipe(args, offsets, step):
 # ---------------------------------------------------------------------------------------------------------------------
 # Optimizers and schedule
 
+class Muon(torch.optim.Optimizer):
+    """Momentum made orthogonal (Jordan et al. 2024), for matrices: every step moves a matrix equally far in all its
+    directions, not mostly along the few that dominate the gradient.
+
+    The same update as torch.optim.Muon with adjust_lr_fn="match_rms_adamw", which makes one matrix after the other
+    orthogonal, and always in bfloat16. That is hundreds of small launches on a GPU, and slow on CPUs that only emulate
+    bfloat16. Here all matrices of one shape are one stack, in a dtype that the device multiplies in.
+    """
+
+    def __init__(self, params, lr, weight_decay=0.1, momentum=0.95):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self):
+        """Update all parameters that have a gradient."""
+        for group in self.param_groups:
+            by_shape = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    by_shape.setdefault(p.shape, []).append(p)
+            for (rows, columns), params in by_shape.items():
+                for p in params:
+                    if p not in self.state:
+                        self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                grads, buffers = [p.grad for p in params], [self.state[p]["momentum_buffer"] for p in params]
+                torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
+                updates = torch._foreach_lerp(grads, buffers, group["momentum"])    # Nesterov: one step ahead
+                updates = orthogonalize(torch.stack(updates)).to(params[0].dtype)   # (n, rows, columns)
+                # Their root mean square is about that of AdamW's updates, so that the same learning rate suits both.
+                size = group["lr"] * 0.2 * math.sqrt(max(rows, columns))
+                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(params, list(updates.unbind()), alpha=-size)
+
+
+def orthogonalize(matrices):
+    """(n, rows, columns) -> the same directions with all singular values near 1: about U V^T of each U S V^T.
+
+    Five Newton-Schulz iterations x <- a x + b (x x^T) x + c (x x^T)^2 x, which map every singular value s to
+    a s + b s^3 + c s^5. These coefficients lift small ones fast and leave all of them in about 0.7..1.2.
+    """
+    x = matrices.to(torch.bfloat16 if multiplies_in_bfloat16(matrices.device) else torch.float32)
+    tall = x.shape[1] > x.shape[2]
+    x = x.mT if tall else x                                                 # x x^T is then the smaller square
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)                # no singular value above 1
+    for _ in range(5):
+        gram = x @ x.mT
+        polynomial = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, polynomial, x, beta=3.4445)
+    return x.mT if tall else x
+
+
+def multiplies_in_bfloat16(device):
+    """Whether the hardware does (GPUs since Ampere, CPUs with AVX512-BF16), and not merely emulates it."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()     # a private function
+
+
 def make_optimizers(model, name, lr, weight_decay):
     """The list of optimizers for `name`. Each of their parameter groups says whether it is of the "backbone" or of the
     heads, in group["part"].
 
-    "adamw": AdamW for everything, weight decay on matrices only. "muon": Muon (momentum made orthogonal, Jordan et
-    al. 2024) for the matrices inside layers and heads, AdamW for the rest (embeddings, norms, biases); on small models
-    it needs far fewer steps. match_rms_adamw scales its updates so that the same learning rate suits both.
+    "adamw": AdamW for everything, weight decay on matrices only. "muon": Muon for the matrices inside layers and heads,
+    AdamW for the rest (embeddings, norms, biases); on small models it needs far fewer steps.
     """
     groups = {}                                                             # {(kind, part): parameters}
     for key, p in model.named_parameters():
@@ -94,7 +152,7 @@ def make_optimizers(model, name, lr, weight_decay):
         (muon if kind == "hidden" else adamw).append(
             dict(params=params, part=part, weight_decay=0.0 if kind == "vectors" else weight_decay))
     return [torch.optim.AdamW(adamw, lr=lr, betas=(0.9, 0.95))] + (
-        [torch.optim.Muon(muon, lr=lr, adjust_lr_fn="match_rms_adamw")] if muon else [])
+        [Muon(muon, lr=lr)] if muon else [])
 
 
 def lr_factor(step, steps, warmup, final):
@@ -421,8 +479,8 @@ def train(args, model=None, state=None):
         f"{args.dtype}{f', {world} processes' * (world > 1)}; run folder {out}")
     if corpus.meta.get("source", "").startswith(OWN_TEXT):
         say(f"held-out text is {corpus.meta['source']} here, and so is what next-token prediction loses measured on")
-    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, unit="step", dynamic_ncols=True,
-               disable=None if args.progress and rank == 0 else True)
+    bar = Progress(range(first, args.steps), args.progress and rank == 0, initial=first, total=args.steps, desc="train",
+                   unit="step", leave=True)
     tokens_per_step = args.batch_size * args.accumulate * model.gpt.config.block_size
     since, seen = time.perf_counter(), first
     advice = f": lower --lr or raise --warmup. {out / 'checkpoint.pt'} of an earlier step stands"
@@ -484,6 +542,27 @@ def pick_device(name):
     except (RuntimeError, AssertionError):
         pass
     raise InputError(f"device {name!r} is not available here; try --device cpu")
+
+
+class Progress(tqdm):
+    """tqdm's bar on a terminal; elsewhere, as in a log file, a line every `every` seconds. Both on stderr."""
+    every = 10.0
+
+    def __init__(self, iterable=None, show=True, **how):
+        self.terminal, self.shown = sys.stderr.isatty(), time.monotonic()
+        if not self.terminal:                                               # what tqdm itself writes goes nowhere
+            how.update(file=io.StringIO(), bar_format="{desc}: {n_fmt}/{total_fmt} {unit}s, {elapsed} gone, "
+                       "{remaining} to go, {rate_fmt}{postfix}", miniters=1)
+        super().__init__(iterable, **{"leave": False, "dynamic_ncols": True, "disable": not show, **how})
+
+    def display(self, msg=None, pos=None):
+        """Called by tqdm whenever there is something new to show."""
+        if self.terminal:
+            return super().display(msg, pos)
+        if time.monotonic() - self.shown >= self.every:
+            self.shown = time.monotonic()
+            print(self, file=sys.stderr, flush=True)
+        return True
 
 
 def check_output(option, path):
@@ -607,17 +686,6 @@ def parse_args(argv=None):
     return p.parse_args(argv)
 
 
-def pick_dtype(name, device):
-    """"auto" is bfloat16 where the hardware multiplies in it (GPUs since Ampere, CPUs with AVX512-BF16)."""
-    if name != "auto":
-        return name
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:                                                                   # a private function: it may be missing
-        fast = device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
-    return "bfloat16" if fast else "float32"
-
-
 def check_args(args):
     """Fill in what "auto" means here. Raises InputError for values that cannot be meant."""
     args.offsets = parse_offsets(args.offsets)
@@ -631,7 +699,8 @@ def check_args(args):
         raise InputError("--offset-weights are weights from 0 on, of offsets after 1 that the model has")
     args.compile = getattr(args, "compile", False)
     args.device = str(pick_device(getattr(args, "device", "auto")))
-    args.dtype = pick_dtype(args.dtype, torch.device(args.device))
+    if args.dtype == "auto":
+        args.dtype = "bfloat16" if multiplies_in_bfloat16(torch.device(args.device)) else "float32"
     for name in ("steps", "batch_size", "accumulate", "eval_every", "eval_windows", "log_every"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1")

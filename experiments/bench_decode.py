@@ -30,7 +30,6 @@ from pathlib import Path
 
 import torch
 from torch.nn.attention import SDPBackend
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data.loader import Corpus
@@ -38,7 +37,7 @@ import decode
 from decode import Decoder, Node, can_compile, chain, load_tree, ready, step_latencies, timed
 from heads import HeadsConfig, MultiTokenGPT, draft_sources
 from model import GPT, GPTConfig, InputError
-from train import check_output, environment, load_checkpoint, one_line_errors, pick_device, write_whole
+from train import Progress, check_output, environment, load_checkpoint, one_line_errors, pick_device, write_whole
 
 SIZES = {                                                                   # GPT-2's real shapes; toy is the demo's
     "toy": dict(n_layer=4, n_head=2, n_embd=96, vocab_size=257, block_size=256),
@@ -285,7 +284,7 @@ def bench(args):
         model = ready(model.to(device), dtype)                              # once for all decoders
         print(f"\n{name}: {size['parameters'] / 1e6:.1f}M parameters, {size['weights']} weights")
         steps = dict(latency=len(args.blocks), batches=len(args.batches), generate=7 + args.rounds)
-        with tqdm(total=sum(steps[part] for part in args.parts), desc=name, leave=False, disable=None) as bar:
+        with Progress(total=sum(steps[part] for part in args.parts), desc=name) as bar:
             for part in args.parts:
                 if part == "latency":
                     size["latency"] = bench_latency(model, how, bandwidth, args.blocks, bar)

@@ -20,13 +20,12 @@ import time
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data.loader import Corpus
 from marginalize import MAX_NODES, check_options, marginalize
 from model import GPT, GPTConfig, InputError
-from train import check_output, environment, load_checkpoint, one_line_errors, pick_device, write_whole
+from train import Progress, check_output, environment, load_checkpoint, one_line_errors, pick_device, write_whole
 
 
 @torch.no_grad()
@@ -73,7 +72,7 @@ def bench(args):
         raise InputError(f"the run has a context of {gpt.config.block_size}, not {args.context}")
     check_options(gpt.config, 2, args.branches, "top-k", MAX_NODES)
     gpt, idx, rows = gpt.to(device).eval(), idx.to(device), []
-    for P in tqdm(args.positions, desc="positions", leave=False, disable=None):
+    for P in Progress(args.positions, desc="positions"):
         position = torch.linspace(0 if P > 1 else T - 1, T - 1, P, device=device).long()[None]
         ways = dict(naive=lambda: naive(gpt, idx, args.branches, position),
                     shared=lambda: marginalize(gpt, idx, 2, args.branches, position=position)[0])

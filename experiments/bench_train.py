@@ -1,10 +1,10 @@
-"""What training costs: the loop against a plain one, and eight heads against none in memory.
+"""What training costs: the loop and its optimizer against plain ones, and eight heads against none in memory.
 
     python experiments/bench_train.py --out experiments/results/bench_train_cpu.json
 
-- speed: train.py's step in next-token mode (schedule, joint_loss, clipping, AdamW) against the
-  loop that one would write first, as in nanoGPT: forward with targets, backward, clip, step. Same model, same batches
-  and in turns, so the quotient says what the generality of our loop costs.
+- speed: train.py's step (schedule, joint_loss, clipping, Muon of our own) against the loop that one would write first
+  (forward, sum of the losses, backward, clip, step), with AdamW and with torch.optim.Muon, for next-token prediction and
+  for six offsets. Same model, same batches, in turns; and how much of each step is the optimizer's.
 - memory: logits are by far the largest tensors of a small model with a large vocabulary, batch x time x 50,257, and a
   naive multi-token loss holds those of all heads at once. joint_loss holds one head's. So the peak of a step with
   offsets 1..8 should be near that of next-token training. Each is measured in a process of its own: the largest
@@ -23,14 +23,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from tqdm import tqdm
+import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from heads import HeadsConfig, MultiTokenGPT, joint_loss, mtp_offsets
+from decode import clock
+from heads import HeadsConfig, MultiTokenGPT, joint_loss, mtp_offsets, predictions_and_targets
 from model import GPT, GPTConfig, InputError
-from train import (check_args, check_output, compute_gradients, environment, make_optimizers, one_line_errors,
-                   parse_args as train_args, pick_device, write_whole)
+from train import (Progress, bfloat16, check_args, check_output, compute_gradients, environment, make_optimizers,
+                   one_line_errors, parse_args as train_args, pick_device, write_whole)
 
+WAYS = dict(ours="ours", plain_adamw="plain loop with AdamW", plain_muon="plain loop with torch.optim.Muon")
 SHAPES = dict(toy=dict(n_layer=4, n_head=2, n_embd=96), small=dict(n_layer=6, n_head=6, n_embd=384))
 
 
@@ -41,41 +43,57 @@ def random_corpus(vocab_size):
     return SimpleNamespace(batch=batch)
 
 
-def plain_step(gpt, optimizer, corpus, step, args):
-    """One step as one would write it first."""
-    idx = corpus.batch("train", args.batch_size, gpt.config.block_size + 1, step).to(args.device)
-    _, loss = gpt(idx[:, :-1], idx[:, 1:])
-    optimizer.zero_grad()
+def plain_step(model, optimizers, corpus, step, args, autocast):
+    """One step as one would write it first: the sum of all losses, one backward pass."""
+    idx = corpus.batch("train", args.batch_size, model.gpt.config.block_size + 1, step).to(args.device)
+    with autocast():
+        h = model.hidden_states(idx[:, :-1])
+        loss = sum(F.cross_entropy(*predictions_and_targets(model, h, idx, o)) for o in model.offsets)
+    for optimizer in optimizers:
+        optimizer.zero_grad()
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(gpt.parameters(), args.clip)
-    optimizer.step()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
 
 
-def bench_speed(device, shape, rounds, steps):
-    """-> dict(ours, plain: tokens per second, medians; ratio: the median of the rounds' quotients)"""
-    args = train_args(["--device", str(device), "--offsets", "1", "--optimizer", "adamw", "--dtype", "float32"])
+def pytorchs_muon(model, args):
+    """The optimizers of train.py, with torch.optim.Muon for its Muon."""
+    adamw, muon = make_optimizers(model, "muon", args.lr, args.weight_decay)
+    groups = [dict(params=g["params"], weight_decay=g["weight_decay"]) for g in muon.param_groups]
+    return [adamw, torch.optim.Muon(groups, lr=args.lr, adjust_lr_fn="match_rms_adamw")]
+
+
+def bench_speed(device, shape, offsets, dtype, rounds, steps):
+    """-> dict(shape, offsets, dtype, and for each way: tokens_per_second and optimizer, its share of a step's time, the
+    medians of rounds in which they take turns; over_adamw, over_muon: medians of our speed over theirs)"""
+    args = train_args(["--device", str(device), "--offsets", ",".join(map(str, offsets)), "--dtype", dtype])
     check_args(args)
+    autocast = (lambda: bfloat16(device)) if args.dtype == "bfloat16" else nullcontext
     torch.manual_seed(0)
-    models = [MultiTokenGPT(GPT(GPTConfig(**SHAPES[shape])), HeadsConfig((1,))).to(device) for _ in range(2)]
+    models = [MultiTokenGPT(GPT(GPTConfig(**SHAPES[shape])), HeadsConfig(offsets)).to(device) for _ in range(3)]
+    optimizers = dict(ours=make_optimizers(models[0], "muon", args.lr, args.weight_decay),
+                      plain_adamw=make_optimizers(models[1], "adamw", args.lr, args.weight_decay),
+                      plain_muon=pytorchs_muon(models[2], args))
     corpus = random_corpus(257)
-    ours, plain = (make_optimizers(m, "adamw", args.lr, args.weight_decay) for m in models)
-
-    def our_step(step):
-        compute_gradients(models[0], ours, corpus, step, args, nullcontext)
-        ours[0].step()
-    ways = dict(ours=our_step, plain=lambda step: plain_step(models[1].gpt, plain[0], corpus, step, args))
-    speed = {name: [] for name in ways}
-    for r in tqdm(range(rounds + 1), desc=f"speed, {shape}", leave=False, disable=None):
-        for name, way in ways.items():
-            start = time.perf_counter()
-            for step in range(steps):
-                way(r * steps + step)
-            if device.type != "cpu":
-                torch.accelerator.synchronize()
+    found = {way: dict(speed=[], share=[]) for way in optimizers}
+    for r in Progress(range(rounds + 1), desc=f"speed, {shape}, offsets {args.offsets}"):
+        for model, way in zip(models, optimizers):
+            gradients = update = 0.0
+            for step in range(r * steps, (r + 1) * steps):
+                start = clock(device)
+                (compute_gradients if way == "ours" else plain_step)(model, optimizers[way], corpus, step, args, autocast)
+                middle = clock(device)
+                for optimizer in optimizers[way]:
+                    optimizer.step()
+                gradients, update = gradients + middle - start, update + clock(device) - middle
             if r:                                                           # the first round warms up
-                speed[name].append(steps * args.batch_size * 256 / (time.perf_counter() - start))
-    return dict(shape=shape, **{name: statistics.median(s) for name, s in speed.items()},
-                ratio=statistics.median(a / b for a, b in zip(speed["ours"], speed["plain"])))
+                found[way]["speed"].append(steps * args.batch_size * args.block_size / (gradients + update))
+                found[way]["share"].append(update / (gradients + update))
+    speed = {way: f["speed"] for way, f in found.items()}
+    return dict(shape=shape, offsets=offsets, dtype=args.dtype,
+                **{way: dict(tokens_per_second=statistics.median(f["speed"]), optimizer=statistics.median(f["share"]))
+                   for way, f in found.items()},
+                **{f"over_{name}": statistics.median(a / b for a, b in zip(speed["ours"], speed[f"plain_{name}"]))
+                   for name in ("adamw", "muon")})
 
 
 def resident(key):
@@ -125,6 +143,8 @@ def parse_args():
     p = argparse.ArgumentParser(prog="bench_train.py", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
                                 description="Measure what the training loop costs, in time and in memory.")
     p.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES), help="model shapes for the speed")
+    p.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="of the speed; auto: "
+                   "bfloat16 where the hardware has it")
     p.add_argument("--rounds", type=int, default=9, help="timed repetitions; medians are shown")
     p.add_argument("--steps", type=int, default=5, help="training steps in each")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
@@ -146,9 +166,12 @@ def main():
             return print(step_memory(device, args.memory))
         results = dict(command=" ".join(sys.argv), environment=environment(device),
                        memory=bench_memory(device),
-                       speed=[bench_speed(device, shape, args.rounds, args.steps) for shape in args.shapes])
+                       speed=[bench_speed(device, shape, offsets, args.dtype, args.rounds, args.steps)
+                              for shape in args.shapes for offsets in ((1,), (1, 2, 3, 4, 5, 7))])
         for r in results["speed"]:
-            print(f"{r['shape']:6} ours {r['ours']:8,.0f} tokens/s, plain loop {r['plain']:8,.0f}: {r['ratio']:.3f}x")
+            print(f"{r['shape']}, offsets {','.join(map(str, r['offsets']))}, {r['dtype']}: " + "; ".join(
+                f"{name} {r[way]['tokens_per_second']:,.0f} tokens/s ({r[way]['optimizer']:.0%} optimizer)"
+                for way, name in WAYS.items()) + f": {r['over_adamw']:.2f}x and {r['over_muon']:.2f}x")
         m = results["memory"]
         print(f"peak of a step: NTP {m['ntp'] / 2**20:,.0f} MiB, offsets 1..8 {m['eight_heads'] / 2**20:,.0f} MiB: "
               f"{m['ratio']:.3f}x")

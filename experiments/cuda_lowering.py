@@ -28,7 +28,6 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(1, str(Path(__file__).resolve().parent))
@@ -36,7 +35,7 @@ from bench_decode import METHODS, OFFSETS, SIZES, flat_tree
 from decode import CHUNK, Decoder, chain, compile_step, own_program, read
 from heads import HeadsConfig, MultiTokenGPT, draft_sources
 from model import GPT, GPTConfig, InputError
-from train import check_output, one_line_errors, write_whole
+from train import Progress, check_output, one_line_errors, write_whole
 
 H200 = SimpleNamespace(
     name="NVIDIA H200", major=9, minor=0, multi_processor_count=132, warp_size=32, max_threads_per_block=1024,
@@ -209,7 +208,7 @@ def main():
         warnings.filterwarnings("ignore", module="torch._inductor")         # advice on speed
         results = dict(command=" ".join(sys.argv), torch=torch.__version__, triton=version("triton"), target="sm_90",
                        date=datetime.date.today().isoformat(), rows=[])
-        for variant in (bar := tqdm(variants, unit="variant", disable=None)):
+        for variant in (bar := Progress(variants, desc="compile", unit="variant", leave=True)):
             bar.set_postfix_str(name_of(variant))
             try:
                 row = lower(**{**DEFAULT, **variant})

@@ -37,7 +37,6 @@ from typing import Callable, NamedTuple
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -172,7 +171,7 @@ def do_all(pieces, folder, device, jobs):
     """Do what is not done yet, `jobs` pieces at a time, then alone what measures time. -> done_of"""
     done, stamp = set(done_of(folder, pieces)), stamps(pieces)
     threads = torch.get_num_threads()
-    with tqdm(total=len(pieces), initial=len(done), unit="piece", dynamic_ncols=True, disable=None) as bar:
+    with train.Progress(total=len(pieces), initial=len(done), desc="study", unit="piece", leave=True) as bar:
 
         def side_by_side(todo, jobs, threads):
             waiting, running = [p for p in todo if p.name not in done], {}

@@ -63,8 +63,13 @@ def test_the_training_benchmark_compares_time_and_memory(tmp_path):
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout.splitlines()[-1])
     assert json.loads((tmp_path / "bench.json").read_text()) == found
-    speed, memory = found["speed"][0], found["memory"]
-    assert speed["ratio"] == speed["ours"] / speed["plain"] and memory["ratio"] == memory["eight_heads"] / memory["ntp"]
+    (ntp, six), memory = found["speed"], found["memory"]
+    assert (ntp["offsets"], six["offsets"]) == ([1], [1, 2, 3, 4, 5, 7])
+    for row in (ntp, six):
+        ours, adamw, muon = (row[way]["tokens_per_second"] for way in ("ours", "plain_adamw", "plain_muon"))
+        assert row["over_adamw"] == ours / adamw and row["over_muon"] == ours / muon
+        assert all(0 < row[way]["optimizer"] < 1 for way in ("ours", "plain_adamw", "plain_muon"))
+    assert memory["ratio"] == memory["eight_heads"] / memory["ntp"]
     assert 0.9 < found["memory"]["ratio"] < 1.5 and found["memory"]["ntp"] > 8 * 256 * 50257 * 4    # logits, at least
     assert_one_line_error(command("experiments/bench_train.py", "--rounds", 0), "at least 1")
 

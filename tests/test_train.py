@@ -17,8 +17,10 @@ from conftest import ROOT, TINY, assert_one_line_error, command, tiny_gpt, tiny_
 from data.loader import Corpus
 from heads import HeadsConfig, MultiTokenGPT, joint_loss
 from model import InputError
-from train import (bars, bfloat16, check_args, compute_gradients, evaluate, load_checkpoint, lr_factor, make_model,
-                   make_optimizers, parse_args, recipe, save_checkpoint, start_from, trim_metrics)
+import train as train_module
+from train import (Muon, Progress, bars, bfloat16, check_args, compute_gradients, evaluate, load_checkpoint, lr_factor,
+                   make_model, make_optimizers, orthogonalize, parse_args, recipe, save_checkpoint, start_from,
+                   trim_metrics)
 
 
 def weights(folder):
@@ -120,6 +122,57 @@ def test_every_parameter_belongs_to_exactly_one_optimizer(name):
     assert decayed == {id(p) for p in model.parameters() if p.dim() == 2}   # never norms and biases
     if name == "muon":                                                      # never embeddings: they are lookup tables
         assert id(model.gpt.lm_head.weight) not in {id(p) for g in optimizers[1].param_groups for p in g["params"]}
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (24, 8), (8, 40), (1, 6)])
+def test_muon_moves_as_pytorchs_does_in_float32(shape, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)       # in which torch.optim.Muon always computes
+    monkeypatch.setattr(train_module, "multiplies_in_bfloat16", lambda device: False)
+    torch.manual_seed(0)
+    ours = [torch.randn(shape, requires_grad=True) for _ in range(3)]
+    theirs = [p.detach().clone().requires_grad_() for p in ours]
+    optimizers = [Muon(ours, lr=0.02, weight_decay=0.1),
+                  torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")]
+    for step in range(20):
+        for i, (p, q) in enumerate(zip(ours, theirs)):
+            p.grad = q.grad = None if step % 3 == i else torch.randn(shape)  # each sits out some steps, as frozen ones do
+        for optimizer in optimizers:
+            optimizer.step()
+    for p, q in zip(ours, theirs):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+
+
+def test_muon_goes_on_from_its_state_with_the_same_bits():
+    torch.manual_seed(0)
+    grads = torch.randn(6, 2, 12, 5)
+    whole, first, second = ([torch.ones(12, 5, requires_grad=True) for _ in range(2)] for _ in range(3))
+
+    def run(params, grads, state=None):
+        optimizer = Muon(params, lr=0.1)
+        if state:
+            optimizer.load_state_dict(state)
+        for step in grads:
+            for p, grad in zip(params, step):
+                p.grad = grad
+            optimizer.step()
+        return optimizer.state_dict()
+    run(whole, grads)
+    state = run(first, grads[:3])
+    with torch.no_grad():
+        for p, q in zip(second, first):
+            p.copy_(q)
+    run(second, grads[3:], state)
+    assert all(torch.equal(p, q) for p, q in zip(whole, second))
+
+
+def test_orthogonalized_matrices_keep_their_directions_and_lose_their_lengths():
+    torch.manual_seed(0)
+    matrices = torch.randn(3, 12, 30)
+    for x, m in zip(orthogonalize(matrices), matrices):
+        u, s, v = torch.linalg.svd(m, full_matrices=False)
+        assert ((u.T @ x.float() @ v.T).diag() > 0.6).all() and (torch.linalg.svdvals(x.float()) < 1.25).all()
+        off = u.T @ x.float() @ v.T
+        assert (off - off.diag().diag()).abs().max() < 0.1                  # bfloat16, where the hardware has it
 
 
 # Recipes
@@ -590,3 +643,17 @@ def test_resuming_nothing_or_on_another_corpus_is_refused(run_folder, corpus, tm
     model, state = load_checkpoint(run_folder)
     save_checkpoint(tmp_path / "checkpoint.pt", model, **{**without_configs(state), "step": 30, "corpus": "another"})
     assert_one_line_error(command("train.py", "--resume", tmp_path), "not the corpus")
+
+
+def test_progress_is_lines_where_there_is_no_terminal(capsys, monkeypatch):
+    monkeypatch.setattr(Progress, "every", 0.0)
+    bar = Progress(range(3), desc="train", unit="step")
+    for _ in bar:
+        bar.set_postfix_str("1:2.10")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines and all(line.startswith("train: ") for line in lines)
+    assert "3/3 steps" in lines[-1] and "1:2.10" in lines[-1] and "to go" in lines[-1]
+    monkeypatch.setattr(Progress, "every", 3600.0)                          # and none too often, nor an empty one
+    list(Progress(range(3)))
+    list(Progress(range(3), show=False))
+    assert capsys.readouterr().err == ""
