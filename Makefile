@@ -15,7 +15,7 @@ demo: .venv/installed
 	@if [ -f $(RUN)/checkpoint.pt ]; then $(PY) train.py --resume $(RUN); \
 	else $(PY) train.py --data data/python --out $(RUN) --offsets 1,2,3,4,5,7 \
 		--n-layer 4 --n-head 2 --n-embd 96 --steps 1200 --lr 1e-2; fi
-	TORCHINDUCTOR_VEC_ISA_OK=1 $(PY) decode.py $(RUN) --methods 1,2,3,4 1,3,5,7 --temperature 0 --prompts 12 \
+	TORCHINDUCTOR_VEC_ISA_OK=1 $(PY) decode.py $(RUN) --methods 1,2,3,4 1,3,5,7 --temperature 0 --prompts 8 \
 		--out $(RUN)/table.json
 	@echo "next: $(PY) decode.py $(RUN) (sampled text too), or with --prompt 'def main(' (a text and where it came from)"
 

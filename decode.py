@@ -278,7 +278,7 @@ class Decoder:
                 stop=torch.full((), -1, **new),                             # stop token, -1 for none
                 chunk=torch.zeros(B, **new),                                # where the next CHUNK of a prompt begins
                 hidden=torch.zeros(B, self.W, 1 + len(self.reading), self.config.n_embd, device=self.device,
-                                   dtype=self.dtype),                       # of the W tokens of a prompt before the root
+                                   dtype=self.dtype),                       # of a prompt's W tokens before the root
                 block=torch.zeros(B, self.N, **new),                        # root and candidates
                 guesses=torch.zeros(B, self.W, self.H, self.R, **new),      # made at the W positions before the root
                 row=torch.arange(B, **new)[:, None],
@@ -311,7 +311,7 @@ class Decoder:
         return logits + gumbel_noise(self.seed, row, place, logits.shape[-1])
 
     def _logits(self, x):
-        """What all offsets say: x (B, m, K, C) from `read` -> (B, m, 1 + H, V), the unembedding being read only once."""
+        """What all offsets say: x (B, m, K, C) from `read` -> (B, m, 1 + H, V); the unembedding is read only once."""
         if self.first:
             z = x + F.silu(self.first(x[:, :, 0]).unflatten(-1, (self.H, -1)))  # (B, m, H, C)
             for layer in self.deeper:
@@ -324,8 +324,7 @@ class Decoder:
         return logits[..., :self.config.vocab_size]
 
     def _draft(self, s, logits, position):
-        """What the heads guess at W tokens: logits (B, W, H, V), position (B, W) of the tokens -> the best R (B, W, H, R).
-        """
+        """What the heads guess at W tokens: logits (B, W, H, V), position (B, W) of them -> the best R (B, W, H, R)."""
         if self.coupled:
             logits = self.scores(logits, s.noise_row[:, :, None], position[:, :, None] + self.offsets)
         return argmax(logits)[..., None] if self.R == 1 else logits.topk(self.R).indices
@@ -478,8 +477,8 @@ def read(gpt, heads, caches, idx, start, depth, visible):
 def own_program(f, device, **options):
     """f compiled, as a function with code of its own."""
     f = FunctionType(f.__code__.replace(), f.__globals__, f.__name__)
-    if device.type == "cuda":                                               # what several kernels read is computed once:
-        options["realize_reads_threshold"] = 1                              # else every layer makes the mask anew
+    if device.type == "cuda":                                               # what several kernels read is made once,
+        options["realize_reads_threshold"] = 1                              # not anew in every layer, as the mask was
     return torch.compile(f, fullgraph=True, dynamic=False, options=options)
 
 
@@ -839,7 +838,7 @@ def check_rounding(decoder, prompts, texts):
 
     argmax: the model's choice; near_tie: rounding could have chosen it; neither: probably an error. It could choose a
     token whose score is at most `margin` below the best: twice the largest distance, on this text and among the eight
-    best tokens, between the scores of a pass in the decoder's dtype and the exact one. largest_gap is the largest needed.
+    best tokens, between the scores of a pass in the decoder's dtype and exact ones. largest_gap: the largest needed.
     """
     exact = copy.deepcopy(decoder.gpt).to(torch.float64 if decoder.dtype == torch.float32 else torch.float32)
     counts = dict(argmax=0, near_tie=0, neither=0, margin=0.0, largest_gap=0.0)
@@ -905,7 +904,7 @@ def compare(model, methods, prompts, new_tokens, temperatures=(0.0, 1.0), rounds
                 efficiency=speedup / per_step,
                 accepted={j: sum(g.accepted[j] * g.steps for g in done) / steps for j in done[0].accepted},
                 identical=identical[m]))
-            # In float32 texts differ where a near-tie falls another way for one token than for a block, as on some GPUs.
+            # In float32 texts differ where a near-tie falls another way for a block than for a token, as on some GPUs.
             rounded = decoders[m].dtype != torch.float32 or not all(identical.values())
             if rounded and top_k is None and top_p is None:                 # these have edges that move
                 records[-1]["rounding"] = check_rounding(decoders[m], prompts, texts[m])
@@ -934,9 +933,10 @@ def print_table(title, records):
               f"{text:11}" + " ".join(f"{share:4.0%}" for share in r["accepted"].values()))
     rounding = [r["rounding"] for r in records if "rounding" in r]
     if rounding:
+        gap, margin = (max(r[key] for r in rounding) for key in ("largest_gap", "margin"))
         print(f"near-ties: tokens that are not the argmax, computed more precisely and given the text before them, but "
-              f"within\nthe rounding of it (at most {max(r['largest_gap'] for r in rounding):.2g} below; rounding moves a "
-              f"difference by up to {max(r['margin'] for r in rounding):.2g}); all others are, except those called WRONG")
+              f"within\nthe rounding of it (at most {gap:.2g} below; rounding moves a difference by up to {margin:.2g}); "
+              "all others are,\nexcept those called WRONG")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -550,9 +550,10 @@ class Progress(tqdm):
 
     def __init__(self, iterable=None, show=True, **how):
         self.terminal, self.shown = sys.stderr.isatty(), time.monotonic()
+        how["desc"] = f"{how['desc']}: " if "desc" in how else ""           # as set_description has it
         if not self.terminal:                                               # what tqdm itself writes goes nowhere
-            how.update(file=io.StringIO(), bar_format="{desc}: {n_fmt}/{total_fmt} {unit}s, {elapsed} gone, "
-                       "{remaining} to go, {rate_fmt}{postfix}", miniters=1)
+            how.update(file=io.StringIO(), bar_format="{desc}{n_fmt}/{total_fmt} {unit}s, {elapsed} gone, {remaining} "
+                       "to go, {rate_fmt}{postfix}", miniters=1)
         super().__init__(iterable, **{"leave": False, "dynamic_ncols": True, "disable": not show, **how})
 
     def display(self, msg=None, pos=None):

@@ -278,7 +278,7 @@ def bench(args):
             prompts = Corpus(state["args"]["data"]).windows("val", args.prompts, PROMPT).tolist()
             size["weights"] = "trained"
         else:
-            with torch.device(device):                                      # a large one is long in the making elsewhere
+            with torch.device(device):                                      # there a large one is soon made
                 model = MultiTokenGPT(GPT(GPTConfig(**SIZES[name])), HeadsConfig(OFFSETS))
         size["parameters"] = sum(p.numel() for p in model.gpt.parameters())
         model = ready(model.to(device), dtype)                              # once for all decoders

@@ -3,8 +3,8 @@
     python experiments/bench_train.py --out experiments/results/bench_train_cpu.json
 
 - speed: train.py's step (schedule, joint_loss, clipping, Muon of our own) against the loop that one would write first
-  (forward, sum of the losses, backward, clip, step), with AdamW and with torch.optim.Muon, for next-token prediction and
-  for six offsets. Same model, same batches, in turns; and how much of each step is the optimizer's.
+  (forward, sum of the losses, backward, clip, step), with AdamW and with torch.optim.Muon, for next-token prediction
+  and for six offsets. Same model, same batches, in turns; and how much of each step is the optimizer's.
 - memory: logits are by far the largest tensors of a small model with a large vocabulary, batch x time x 50,257, and a
   naive multi-token loss holds those of all heads at once. joint_loss holds one head's. So the peak of a step with
   offsets 1..8 should be near that of next-token training. Each is measured in a process of its own: the largest
@@ -80,7 +80,8 @@ def bench_speed(device, shape, offsets, dtype, rounds, steps):
             gradients = update = 0.0
             for step in range(r * steps, (r + 1) * steps):
                 start = clock(device)
-                (compute_gradients if way == "ours" else plain_step)(model, optimizers[way], corpus, step, args, autocast)
+                make_gradients = compute_gradients if way == "ours" else plain_step
+                make_gradients(model, optimizers[way], corpus, step, args, autocast)
                 middle = clock(device)
                 for optimizer in optimizers[way]:
                     optimizer.step()

@@ -23,7 +23,8 @@ bench() { # NAME SECONDS OPTIONS...
     try "$1" "$2" "$PY" experiments/bench_decode.py --device cuda --dtype bfloat16 --out "$OUT/$1.json" "${@:3}"
 }
 
-"$PY" -c "import torch; assert torch.cuda.is_available(), 'no CUDA device'" || exit 1
+"$PY" -c "import torch; assert torch.cuda.is_available()" 2>/dev/null ||
+    { echo "gpu.sh: error: $PY has no PyTorch with a CUDA device; PYTHON=... chooses another" >&2; exit 2; }
 case $CALL in
 1)  try versions 60 "$PY" -c "import platform, torch, triton; print(platform.python_version(), torch.__version__,
         triton.__version__, torch.cuda.get_device_name(), torch.backends.cudnn.version())"
@@ -34,7 +35,7 @@ case $CALL in
 2)  bench bench_cuda_1.5B 240 --sizes 1.5B --parts latency --blocks 1 4 8 16
     try demo_corpus 60 "$PY" data/prepare.py python
     try demo_train 150 "$PY" train.py --data data/python --out runs/demo --offsets 1,2,3,4,5,7 --n-layer 4 --n-head 2 \
-        --n-embd 96 --steps 3600 --device cuda
+        --n-embd 96 --steps 1200 --lr 1e-2 --device cuda
     for dtype in float32 bfloat16; do
         try demo_cuda_$dtype 120 "$PY" decode.py runs/demo --device cuda --dtype $dtype \
             --methods 1,2,3,4 1,3,5,7 1,2,3,4,5,7 --out "$OUT/demo_cuda_$dtype.json"

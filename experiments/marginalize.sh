@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The README's figures about marginalisation, from nothing: trains the next-token models and the demo's (about half an
+# The README's figures about marginalisation, from nothing: trains the next-token models and one like the demo's (about half an
 # hour on 2 CPU cores; a run that was stopped is resumed), then measures them by size, by data and layer by layer.
 # PYTHON=... chooses the interpreter, RESULTS=... the folder of the results.
 #     bash experiments/marginalize.sh
@@ -22,9 +22,9 @@ train ntp-python-4x96 python 1 4 2 96
 train ntp-python-6x192 python 1 6 3 192
 train ntp-shakespeare-4x96 shakespeare 1 4 2 96
 train ntp-multi30k-4x96 multi30k 1 4 2 96
-train demo python 1,2,3,4,5,7 4 2 96
+train heads-python-4x96 python 1,2,3,4,5,7 4 2 96
 
 "$PY" marginalize.py runs/ntp-python-{1x32,2x64,4x96,6x192} --out "$RESULTS/marginalize_size.json"
 "$PY" marginalize.py runs/ntp-{python,shakespeare,multi30k}-4x96 --out "$RESULTS/marginalize_data.json"
-"$PY" marginalize.py runs/ntp-python-6x192 runs/ntp-python-4x96 runs/demo --layers --probe-steps 1000 --exact-nodes 0 \
-    --out "$RESULTS/marginalize_layers.json"
+"$PY" marginalize.py runs/ntp-python-6x192 runs/ntp-python-4x96 runs/heads-python-4x96 --layers --probe-steps 1000 \
+    --exact-nodes 0 --out "$RESULTS/marginalize_layers.json"

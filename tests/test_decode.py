@@ -381,7 +381,7 @@ def test_large_vocabularies_are_reduced_and_summed_in_parts(vocab_size):
     scores = torch.randn(40, vocab_size)
     first = torch.randint(0, vocab_size, (40,)).tolist()
     for row, i in zip(scores, first):
-        row[[i, (i + vocab_size) // 2, -1]] = 9.0                           # of several that are largest the first counts
+        row[[i, (i + vocab_size) // 2, -1]] = 9.0                           # of several largest ones the first counts
     assert argmax(scores).tolist() == first
     assert argmax(scores - math.inf).tolist() == [0] * 40
     p = scores.softmax(-1)

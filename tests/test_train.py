@@ -135,7 +135,7 @@ def test_muon_moves_as_pytorchs_does_in_float32(shape, monkeypatch):
                   torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")]
     for step in range(20):
         for i, (p, q) in enumerate(zip(ours, theirs)):
-            p.grad = q.grad = None if step % 3 == i else torch.randn(shape)  # each sits out some steps, as frozen ones do
+            p.grad = q.grad = None if step % 3 == i else torch.randn(shape)  # frozen parts sit out steps
         for optimizer in optimizers:
             optimizer.step()
     for p, q in zip(ours, theirs):
