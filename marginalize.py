@@ -37,7 +37,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from model import GPT2_NAMES, InputError, KVCache
-from train import (Progress, check_output, corpus_of, environment, load_model, one_line_errors, pick_device,
+from common import (Progress, check_output, corpus_of, environment, load_model, one_line_errors, pick_device,
                    write_whole)
 
 MAX_NODES = 1024                                                            # branches in one forward pass

@@ -25,7 +25,6 @@ import json
 import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
@@ -37,7 +36,7 @@ import decode
 from decode import Decoder, Node, can_compile, chain, load_tree, ready, step_latencies, timed
 from heads import HeadsConfig, MultiTokenGPT, draft_sources
 from model import GPT, GPTConfig, InputError
-from train import Progress, check_output, environment, load_checkpoint, one_line_errors, pick_device, write_whole
+from common import Progress, check_output, environment, load_checkpoint, one_line_errors, pick_device, write_whole
 
 SIZES = {                                                                   # GPT-2's real shapes; toy is the demo's
     "toy": dict(n_layer=4, n_head=2, n_embd=96, vocab_size=257, block_size=256),

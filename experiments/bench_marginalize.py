@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data.loader import Corpus
 from marginalize import MAX_NODES, check_options, marginalize
 from model import GPT, GPTConfig, InputError
-from train import Progress, check_output, environment, load_checkpoint, one_line_errors, pick_device, write_whole
+from common import Progress, check_output, environment, load_checkpoint, one_line_errors, pick_device, write_whole
 
 
 @torch.no_grad()

@@ -17,7 +17,6 @@ import json
 import statistics
 import subprocess
 import sys
-import time
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,11 +25,11 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from common import Progress, check_output, environment, one_line_errors, pick_device, write_whole
 from decode import clock
 from heads import HeadsConfig, MultiTokenGPT, joint_loss, mtp_offsets, predictions_and_targets
 from model import GPT, GPTConfig, InputError
-from train import (Progress, bfloat16, check_args, check_output, compute_gradients, environment, make_optimizers,
-                   one_line_errors, parse_args as train_args, pick_device, write_whole)
+from train import bfloat16, check_args, compute_gradients, make_optimizers, parse_args as train_args
 
 WAYS = dict(ours="ours", plain_adamw="plain loop with AdamW", plain_muon="plain loop with torch.optim.Muon")
 SHAPES = dict(toy=dict(n_layer=4, n_head=2, n_embd=96), small=dict(n_layer=6, n_head=6, n_embd=384))

@@ -35,7 +35,7 @@ from bench_decode import METHODS, OFFSETS, SIZES, flat_tree
 from decode import CHUNK, Decoder, chain, compile_step, own_program, read
 from heads import HeadsConfig, MultiTokenGPT, draft_sources
 from model import GPT, GPTConfig, InputError
-from train import Progress, check_output, one_line_errors, write_whole
+from common import Progress, check_output, one_line_errors, write_whole
 
 H200 = SimpleNamespace(
     name="NVIDIA H200", major=9, minor=0, multi_processor_count=132, warp_size=32, max_threads_per_block=1024,

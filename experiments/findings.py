@@ -28,7 +28,7 @@ from decode import expected_tokens_per_step
 from heads import draft_sources
 from marginalize import import_matplotlib
 from model import InputError
-from train import one_line_errors, write_whole
+from common import one_line_errors, write_whole
 
 
 class Part:

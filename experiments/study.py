@@ -41,6 +41,7 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import train
+from common import Progress, environment, load_checkpoint, one_line_errors, pick_device, write_whole
 from data.loader import Corpus
 from data.prepare import prepare
 from decode import Decoder, calibrate, can_compile, chain, compare, held_out_records, write_corpus_of_its_own
@@ -153,12 +154,12 @@ def do(piece, stamp):
     start, file = time.perf_counter(), kept(Here.folder, piece.name)
     if read(file).get("stamp") != stamp:
         shutil.rmtree(Here.folder / piece.name, ignore_errors=True)         # it came from something else
-        train.write_whole(file, json.dumps(dict(stamp=stamp)))
+        write_whole(file, json.dumps(dict(stamp=stamp)))
     with open(Here.folder / "log.txt", "a") as log, redirect_stdout(log), redirect_stderr(log):
         result = piece.function(**piece.arguments)
-    train.write_whole(file, json.dumps(dict(
+    write_whole(file, json.dumps(dict(
         stamp=stamp, arguments=piece.arguments, seconds=round(time.perf_counter() - start, 1),
-        environment=train.environment(Here.device), result=result)))
+        environment=environment(Here.device), result=result)))
 
 
 def done_of(folder, pieces):
@@ -171,7 +172,7 @@ def do_all(pieces, folder, device, jobs):
     """Do what is not done yet, `jobs` pieces at a time, then alone what measures time. -> done_of"""
     done, stamp = set(done_of(folder, pieces)), stamps(pieces)
     threads = torch.get_num_threads()
-    with train.Progress(total=len(pieces), initial=len(done), desc="study", unit="piece", leave=True) as bar:
+    with Progress(total=len(pieces), initial=len(done), desc="study", unit="piece", leave=True) as bar:
 
         def side_by_side(todo, jobs, threads):
             waiting, running = [p for p in todo if p.name not in done], {}
@@ -207,14 +208,14 @@ def train_run(name, options, init, data, own):
                "--device", str(Here.device)]
     args = train.parse_args(options + (["--init", str(Here.folder / init)] if init else []))
     train.check_args(args)
-    model, state = train.load_checkpoint(out) if (out / "checkpoint.pt").exists() else (None, None)
+    model, state = load_checkpoint(out) if (out / "checkpoint.pt").exists() else (None, None)
     if state is None or state["step"] < args.steps:
         train.train(args, model, state)
 
 
 def load(name):
     """A run of this study and its corpus."""
-    model, state = train.load_checkpoint(Here.folder / name)
+    model, state = load_checkpoint(Here.folder / name)
     return model.to(Here.device).eval(), Corpus(state["args"]["data"])
 
 
@@ -580,8 +581,8 @@ def parse_args():
 def main():
     """Do the study; bad input is one line and status 2, a stopped study status 130."""
     args = parse_args()
-    with train.one_line_errors("study.py", memory="--jobs"):
-        name, device = args.size, train.pick_device(args.device)
+    with one_line_errors("study.py", memory="--jobs"):
+        name, device = args.size, pick_device(args.device)
         if name == "full" and device.type == "cpu":
             print("the full study would take days without a GPU; there is --quick", file=sys.stderr)
         jobs = getattr(args, "jobs", min(8, os.cpu_count()))
@@ -618,7 +619,7 @@ def main():
             done = done_of(folder, pieces)
             for part, part_rows in rows.items():
                 if part_rows and all(n in done for _, names in part_rows for n in names):
-                    train.write_whole(results_folder / f"study_{name}_{part}.json", json.dumps(dict(
+                    write_whole(results_folder / f"study_{name}_{part}.json", json.dumps(dict(
                         part=part, size=name, command=f"python experiments/study.py --size {name} --only {part}",
                         **circumstances(part_rows, study.pieces, done), settings=asdict(study.size), seeds=SEEDS,
                         rows=table(part_rows, study.pieces, done)), indent=1) + "\n")

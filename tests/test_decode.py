@@ -18,7 +18,7 @@ from data.loader import Corpus
 from data.prepare import get_tokenizer
 from heads import draft_sources
 from model import GPT, InputError
-from train import load_checkpoint, save_checkpoint
+from common import load_checkpoint, save_checkpoint
 
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11, 12]]                     # ragged on purpose
 METHODS = [(1,), (1, 2, 3, 4), (1, 3, 5, 7), (1, 4, 7), (1, 2, 3, 4, 5, 7)]

@@ -15,7 +15,7 @@ from data.prepare import get_tokenizer, prepare
 from marginalize import (Probe, draw, estimate, german_half, interval, look_ahead, marginalize, measure, measure_layers,
                          questions, score, train_probes, truncation, unigram)
 from model import GPT, GPTConfig, InputError
-from train import load_checkpoint, save_checkpoint
+from common import load_checkpoint, save_checkpoint
 
 
 def small_gpt(vocab_size=5, **config):
