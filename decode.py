@@ -44,13 +44,13 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from common import (Progress, check_output, corpus_of, environment, load_checkpoint, load_model, one_line_errors,
+                    pick_device, write_whole)
 from data.loader import Corpus
 from data.prepare import CORPUS_FILES, OWN_TEXT, get_tokenizer, write_corpus
 from heads import (BlockHead, ResBlockHead, check_offsets, draft_sources, leap_offsets, parse_offsets,
                    weighted_hidden_states)
 from model import InputError, KVCache, block_mask
-from common import (Progress, check_output, corpus_of, environment, load_checkpoint, load_model, one_line_errors,
-                   pick_device, write_whole)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -36,9 +36,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import GPT2_NAMES, InputError, KVCache
 from common import (Progress, check_output, corpus_of, environment, load_model, one_line_errors, pick_device,
-                   write_whole)
+                    write_whole)
+from model import GPT2_NAMES, InputError, KVCache
 
 MAX_NODES = 1024                                                            # branches in one forward pass
 

@@ -31,12 +31,12 @@ import torch
 from torch.nn.attention import SDPBackend
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data.loader import Corpus
+from common import Progress, check_output, environment, load_checkpoint, one_line_errors, pick_device, write_whole
 import decode
+from data.loader import Corpus
 from decode import Decoder, Node, can_compile, chain, load_tree, ready, step_latencies, timed
 from heads import HeadsConfig, MultiTokenGPT, draft_sources
 from model import GPT, GPTConfig, InputError
-from common import Progress, check_output, environment, load_checkpoint, one_line_errors, pick_device, write_whole
 
 SIZES = {                                                                   # GPT-2's real shapes; toy is the demo's
     "toy": dict(n_layer=4, n_head=2, n_embd=96, vocab_size=257, block_size=256),

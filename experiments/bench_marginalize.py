@@ -22,10 +22,10 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from common import Progress, check_output, environment, load_checkpoint, one_line_errors, pick_device, write_whole
 from data.loader import Corpus
 from marginalize import MAX_NODES, check_options, marginalize
 from model import GPT, GPTConfig, InputError
-from common import Progress, check_output, environment, load_checkpoint, one_line_errors, pick_device, write_whole
 
 
 @torch.no_grad()

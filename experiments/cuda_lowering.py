@@ -3,8 +3,7 @@
     pip install "torch==2.11.*"        # the CUDA build, in an environment of its own (2.6 GB); no driver, no GPU
     python experiments/cuda_lowering.py --out experiments/results/cuda_lowering.json
 
-A decoding step of a small model is over in less than a millisecond, so what each kernel launch costs, about two
-microseconds even in a CUDA graph, is a good part of it. This script lets torch.compile believe in an H200: the tensors
+The smaller a model, the more of a decoding step is the launching of its kernels, even in a CUDA graph. This script lets torch.compile believe in an H200: the tensors
 are fake, shapes without numbers, and Inductor lowers the step to Triton's kernels, which Triton and ptxas compile to
 machine code for sm_90. So it shows what fails to compile, what falls back to a copy, and how many launches a step
 takes. It runs nothing: whether the numbers are right, whether the step can be captured in a CUDA graph and how long it
@@ -32,10 +31,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(1, str(Path(__file__).resolve().parent))
 from bench_decode import METHODS, OFFSETS, SIZES, flat_tree
+from common import Progress, check_output, one_line_errors, write_whole
 from decode import CHUNK, Decoder, chain, compile_step, own_program, read
 from heads import HeadsConfig, MultiTokenGPT, draft_sources
 from model import GPT, GPTConfig, InputError
-from common import Progress, check_output, one_line_errors, write_whole
 
 H200 = SimpleNamespace(
     name="NVIDIA H200", major=9, minor=0, multi_processor_count=132, warp_size=32, max_threads_per_block=1024,

@@ -15,6 +15,7 @@ export PYTHONUNBUFFERED=1
 
 try() { # NAME SECONDS COMMAND...: its output is kept, and so is what is measured if it fails or takes too long
     local left=$((END - SECONDS)) start=$SECONDS
+    ((left > 0)) || { echo "== $1: left out, the call's time is over" | tee -a "$OUT/calls.log"; return; }
     timeout -k 5 $((left < $2 ? left : $2)) "${@:3}" 2>&1 | tee "$OUT/$1.log"
     echo "== $1: status ${PIPESTATUS[0]}, $((SECONDS - start)) s" | tee -a "$OUT/calls.log"
     tar -C "$OUT" -cf "$TAR" .
@@ -26,9 +27,9 @@ bench() { # NAME SECONDS OPTIONS...
 "$PY" -c "import torch; assert torch.cuda.is_available()" 2>/dev/null ||
     { echo "gpu.sh: error: $PY has no PyTorch with a CUDA device; PYTHON=... chooses another" >&2; exit 2; }
 case $CALL in
-1)  try versions 60 "$PY" -c "import platform, torch, triton; print(platform.python_version(), torch.__version__,
+1)  try versions 30 "$PY" -c "import platform, torch, triton; print(platform.python_version(), torch.__version__,
         triton.__version__, torch.cuda.get_device_name(), torch.backends.cudnn.version())"
-    try tests 180 "$PY" -m pytest -m cuda -rs tests/test_decode.py tests/test_marginalize.py
+    try tests 220 "$PY" -m pytest -m cuda -rs tests/test_decode.py tests/test_marginalize.py
     bench bench_cuda_124M 150 --sizes 124M --parts latency --blocks 1 4 8 16
     bench bench_cuda_124M_cudnn 120 --sizes 124M --parts latency --blocks 1 4 8 16 --attention cudnn
     bench bench_cuda_124M_texts 200 --sizes 124M --parts generate ;;

@@ -108,11 +108,12 @@ def test_compiling_for_an_imagined_gpu_says_what_it_needs():
         assert_one_line_error(command("experiments/cuda_lowering.py"), "CUDA build")
 
 
-def test_every_variant_of_the_step_compiles_for_an_h200_as_the_committed_result_says():
-    found = json.loads((ROOT / "experiments/results/cuda_lowering.json").read_text())["rows"]
-    assert not [row for row in found if "error" in row]
-    total = {row["name"]: row["total"] for row in found}
-    assert total["124M NTP"] <= 115 and total["124M MTP"] <= 126 and total["1.5B NTP"] <= 440
+@pytest.mark.skipif(torch.version.cuda is None, reason="needs the CUDA build of PyTorch, though no GPU")
+def test_the_step_compiles_for_an_h200_and_launches_no_more_than_it_did(tmp_path):
+    result = command("experiments/cuda_lowering.py", "--only", "toy MTP", "--out", tmp_path / "found.json")
+    assert result.returncode == 0, result.stderr
+    (row,) = json.loads((tmp_path / "found.json").read_text())["rows"]
+    assert row["total"] <= 51 and row["launches"]["attention"] == 4
 
 
 @pytest.mark.parametrize("script", ["gpu.sh", "marginalize.sh"])
