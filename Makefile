@@ -1,14 +1,15 @@
 # make demo   train a small model on the Python standard library's source, then compare NTP, MTP and leap decoding
-# make test   run the tests
-# Both make their own virtual environment in .venv. PYTHON=python3.12 and PIP_FLAGS=... can be given. VEC_ISA_OK lets
-# torch.compile trust what the CPU says of itself: its test programs for every instruction set take up to 15 seconds.
+# make test   run the tests that are lessons; make test-all also runs the slow ones, which only guard
+# Each makes its own virtual environment in .venv; PYTHON=python3.12 and PIP_FLAGS=... can be given.
+# VEC_ISA_OK lets torch.compile trust what the CPU says of itself: its test programs for every
+# instruction set take up to 15 seconds.
 
 PYTHON ?= python3
 PIP_FLAGS ?=
 PY := .venv/bin/python
 RUN := runs/demo
 
-.PHONY: demo test clean
+.PHONY: demo test test-all clean
 
 demo: .venv/installed
 	$(PY) data/prepare.py python
@@ -17,9 +18,12 @@ demo: .venv/installed
 		--n-layer 4 --n-head 2 --n-embd 96 --steps 1200 --lr 1e-2; fi
 	TORCHINDUCTOR_VEC_ISA_OK=1 $(PY) decode.py $(RUN) --methods 1,2,3,4 1,3,5,7 --temperature 0 --prompts 8 \
 		--out $(RUN)/table.json
-	@echo "next: $(PY) decode.py $(RUN) (sampled text too), or with --prompt 'def main(' (a text and where it came from)"
+	@echo "next: $(PY) decode.py $(RUN) --prompt 'def main('"
 
 test: .venv/installed-test
+	$(PY) -m pytest -m "not slow"
+
+test-all: .venv/installed-test
 	$(PY) -m pytest
 
 .venv/installed: pyproject.toml

@@ -1,103 +1,77 @@
 """A GPT in plain PyTorch: the next-token model that everything else here builds on.
 
-It is GPT-2, layer for layer and name for name (wte, wpe, h, ln_f, c_attn, c_proj, ...), so that OpenAI's weights
-load by name and what is trained here opens in Hugging Face transformers. Two things are added for decoding:
-
-- a static key/value cache: all its memory is there from the start, so every step has the same shapes, which is what
-  torch.compile and CUDA graphs want;
-- a forward pass that takes a *block* of several tokens per row, each row at its own position, with a mask that says
-  which token of the block sees which. Checking several guessed tokens at once is one such pass.
-
-Read it top to bottom: config, cache, attention, block, GPT, GPT-2 weights in and out.
+It is GPT-2, name for name (wte, wpe, h, ln_f, c_attn, ...): it opens what transformers writes, and
+the other way round. For decoding it has a static KV cache, which gives all steps the same shapes,
+and a block mask, with which one forward pass verifies several draft tokens.
 """
 import json
 import math
 import os
+import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+# In files of transformers: what config.json says of this GPT, and the matrices stored transposed
+GPT2_CONFIG = dict(model_type="gpt2", activation_function="gelu_new", layer_norm_epsilon=1e-5,
+                   scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False,
+                   tie_word_embeddings=True)
+CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+
 
 class InputError(ValueError):
-    """Something the user gave is wrong. The command line prints the message as one line and exits with status 2."""
+    """A user's mistake. The command lines print it as one line and exit with status 2."""
+
+
+def require(condition, message):
+    """Raise InputError unless the condition holds."""
+    if not condition:
+        raise InputError(message)
 
 
 @dataclass
 class GPTConfig:
-    """Shape of a GPT. The defaults are a toy for bytes: 0.9M parameters, trained in minutes on a CPU."""
-    block_size: int = 256     # longest sequence, in tokens
-    vocab_size: int = 257     # 256 bytes and one end-of-text token
+    """The shape of a GPT. The default is a toy for bytes: 0.9M parameters, minutes on a CPU."""
+    block_size: int = 256  # longest sequence, in tokens
+    vocab_size: int = 257  # 256 bytes, one end-of-text
     n_layer: int = 4
     n_head: int = 4
     n_embd: int = 128
     dropout: float = 0.0
-    bias: bool = True         # biases in Linear and LayerNorm, as in GPT-2
+    bias: bool = True  # in Linear and LayerNorm
 
     def __post_init__(self):
-        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise InputError(f"{name} must be a whole number, at least 1, not {getattr(self, name)}")
+        sizes = (self.block_size, self.vocab_size, self.n_layer, self.n_head, self.n_embd)
+        if not all(isinstance(n, int) and n > 0 for n in sizes) or not 0 <= self.dropout < 1:
+            raise InputError(f"sizes must be positive integers, dropout in [0, 1): {self}")
         if self.n_embd % self.n_head:
-            raise InputError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
-        if not 0 <= self.dropout < 1:
-            raise InputError(f"dropout must be in [0, 1), not {self.dropout}")
+            raise InputError(f"n_embd {self.n_embd} must be a multiple of n_head {self.n_head}")
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The cache
-
-class KVCache:
-    """Keys and values of every layer, for `batch` rows of `slots` tokens each; all of it allocated at once.
-
-    `layers[i]` is one tensor (B * S, 2C): a row per slot, keys in the first C columns and values in the rest, so that
-    storing a token is one row copy. It has no third dimension because torch.compile (2.11) only copies a row in place
-    where it need not reshape; otherwise it clones the whole layer at every step. Nothing is ever erased: a slot is
-    written before a mask first lets anybody see it.
-    """
-
-    def __init__(self, n_layer, n_embd, batch, slots, device=None, dtype=None):
-        self.slots = slots
-        self.layers = [torch.zeros(batch * slots, 2 * n_embd, device=device, dtype=dtype) for _ in range(n_layer)]
-
-
-def block_mask(position, visible, slots, dtype):
-    """What each token of a block may see in the cache, as an additive attention mask (0: seen, -inf: hidden).
-
-    position (B,) int64: slot of each row's first block token; all slots before it hold the row's past.
-    visible (N, N) bool: visible[i, j] says that token i of the block sees token j; token j lies in slot position + j.
-        A chain is the lower triangle; in a tree, a node sees itself and its ancestors.
-    Returns (B, 1, N, slots).
-    """
-    N = len(visible)
-    j = torch.arange(slots, device=position.device) - position[:, None]     # (B, S) index within the block
-    in_block = visible[:, j.clamp(0, N - 1)].transpose(0, 1)                # (B, N, S)
-    seen = (j < 0)[:, None] | (in_block & ((j >= 0) & (j < N))[:, None])
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, -math.inf)[:, None]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The network
 
 class Attention(nn.Module):
     """Causal multi-head self-attention."""
 
     def __init__(self, config):
         super().__init__()
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.n_head, self.dropout = config.n_head, config.dropout
+        C, self.n_head, self.dropout = config.n_embd, config.n_head, config.dropout
+        self.c_attn = nn.Linear(C, 3 * C, config.bias)
+        self.c_proj = nn.Linear(C, C, config.bias)
 
     def forward(self, x, cache=None, slots=None, mask=None):
         B, T, C = x.shape
-        q, kv = self.c_attn(x).split([C, 2 * C], dim=2)                     # (B, T, C), (B, T, 2C)
-        if cache is not None:                                               # cache (B*S, 2C), slots (B*T,)
+        q, kv = self.c_attn(x).split([C, 2 * C], dim=2)  # (B, T, C), (B, T, 2C)
+        if cache is not None:  # cache (B*S, 2C), slots (B*T,)
             cache.index_copy_(0, slots, kv.reshape(B * T, 2 * C).to(cache.dtype))
-            q, kv = q.to(cache.dtype), cache.view(B, -1, 2 * C)             # from here on S keys instead of T
+            q, kv = q.to(cache.dtype), cache.view(B, -1, 2 * C)  # from here on S keys, not T
         k, v = kv.split(C, dim=2)
-        q, k, v = (t.view(B, -1, self.n_head, C // self.n_head).transpose(1, 2) for t in (q, k, v))  # (B, nh, ., hs)
+        nh, hs = self.n_head, C // self.n_head
+        q, k, v = (t.view(B, -1, nh, hs).transpose(1, 2) for t in (q, k, v))  # (B, nh, T or S, hs)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
                                            dropout_p=self.dropout if self.training else 0.0)
         y = y.transpose(1, 2).reshape(B, T, C).to(x.dtype)
@@ -109,12 +83,12 @@ class MLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
-        self.dropout = config.dropout
+        C, self.dropout = config.n_embd, config.dropout
+        self.c_fc = nn.Linear(C, 4 * C, config.bias)
+        self.c_proj = nn.Linear(4 * C, C, config.bias)
 
     def forward(self, x):
-        x = self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))           # GPT-2's "gelu_new"
+        x = self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))  # GPT-2's "gelu_new"
         return F.dropout(x, self.dropout, self.training)
 
 
@@ -129,8 +103,8 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, cache=None, slots=None, mask=None):
-        """x (B, T, C) -> (B, T, C). With a cache: the layer's (B*S, 2C), the slots (B*T,) of its rows that
-        receive these tokens' keys and values, and the mask (B, 1, T, S) from block_mask."""
+        """x (B, T, C) -> (B, T, C). With the layer's cache (B*S, 2C): the slots (B*T,), its rows
+        that receive the keys and values, and a mask (B, 1, T, S) from block_mask."""
         x = x + self.attn(self.ln_1(x), cache, slots, mask)
         return x + self.mlp(self.ln_2(x))
 
@@ -145,12 +119,11 @@ class GPT(nn.Module):
             wte=nn.Embedding(config.vocab_size, config.n_embd),
             wpe=nn.Embedding(config.block_size, config.n_embd),
             h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
-            ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
-        ))
+            ln_f=nn.LayerNorm(config.n_embd, bias=config.bias)))
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight
         for name, p in self.named_parameters():
-            if name.endswith("c_proj.weight"):                              # two of them add to the stream per layer
+            if name.endswith("c_proj.weight"):  # two per layer add to the stream
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
             elif p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
@@ -158,13 +131,12 @@ class GPT(nn.Module):
                 nn.init.zeros_(p)
 
     def residual_stream(self, idx, position=None, cache=None, slots=None, mask=None):
-        """What stands between the layers: the embeddings and each layer's output, before the final norm.
-        -> list of n_layer + 1 tensors (B, T, C); arguments and errors as in hidden_states."""
+        """The embeddings and the output of each layer, before the final norm: n_layer + 1 tensors
+        (B, T, C) in a list. The arguments are those of hidden_states."""
         if position is None:
-            T = idx.shape[1]
-            if T > self.config.block_size:
-                raise InputError(f"a sequence of {T} tokens is longer than the model's context of "
-                                 f"{self.config.block_size}")
+            T, context = idx.shape[1], self.config.block_size
+            if T > context:
+                raise InputError(f"{T} tokens exceed the model's context of {context}")
             position = torch.arange(T, device=idx.device)
         x = self.transformer.wte(idx) + self.transformer.wpe(position)
         stream = [F.dropout(x, self.config.dropout, self.training)]
@@ -173,153 +145,145 @@ class GPT(nn.Module):
         return stream
 
     def hidden_states(self, idx, position=None, cache=None, slots=None, mask=None):
-        """The final, normalised hidden states: (B, T) int64 token ids -> (B, T, C).
+        """The hidden states after the final norm: token ids (B, T) int64 -> (B, T, C).
 
-        Without a cache the T tokens are a whole text from its start. With one they are a block: `position` (B, T) is
-        the place of each token in its text, and cache, slots, mask are as in Block.
-        Raises InputError when a whole text exceeds block_size.
-        """
+        Without a cache, the tokens are a text from its start. Raises InputError if it is too long.
+        With a KVCache, they are a block at `position` (B, T); slots and mask are as in Block."""
         return self.transformer.ln_f(self.residual_stream(idx, position, cache, slots, mask)[-1])
 
     def forward(self, idx, targets=None):
-        """idx (B, T) int64 -> logits (B, T, V), and the mean cross-entropy in nats against targets (B, T), or None."""
-        logits = self.lm_head(self.hidden_states(idx))
-        loss = None if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        """idx (B, T) -> logits (B, T, V), and the mean cross-entropy in nats for targets (B, T)"""
+        logits, loss = self.lm_head(self.hidden_states(idx)), None
+        if targets is not None:
+            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         return logits, loss
-
-    # -----------------------------------------------------------------------------------------------------------------
-    # GPT-2 weights in and out. OpenAI stored some matrices transposed ("Conv1D"), and Hugging Face kept that.
 
     @classmethod
     def from_pretrained(cls, name_or_path):
-        """GPT-2 weights from "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", a folder or a file.
-
-        A name is downloaded once into ~/.cache/multi-token-prediction (or $MTP_CACHE). A folder is what transformers'
-        save_pretrained writes: config.json with model.safetensors or pytorch_model.bin. Of a file (.safetensors or
-        .bin), config.json is read beside it. Nothing is unpickled but plain tensors.
-        Returns the GPT in eval mode; call .train() to train it.
-        Raises InputError for anything that is not a GPT-2.
-        """
-        path = download_gpt2(name_or_path) if str(name_or_path) in GPT2_NAMES else Path(name_or_path)
-        if path.is_dir():
-            found = [path / f for f in ("model.safetensors", "pytorch_model.bin") if (path / f).exists()]
-            if not found:
-                split = " in one piece (it is split into several; save it again with a larger max_shard_size)"
-                raise InputError(f"{path} holds neither model.safetensors nor pytorch_model.bin"
-                                 + split * bool(list(path.glob("*.index.json"))))
-            path = found[0]
-        if not path.exists():
-            raise InputError(f"{path} does not exist; give a folder, a file, or one of {', '.join(GPT2_NAMES)}")
-        config = read_gpt2_config(path.parent / "config.json")
-        tensors = {k.removeprefix("transformer."): v for k, v in read_tensors(path).items()}
-        gpt = cls(config)
-        with torch.no_grad():
-            for key, p in gpt.state_dict().items():
-                key = key.removeprefix("transformer.")
-                if key == "lm_head.weight":                                 # tied to wte
-                    continue
-                if key not in tensors:
-                    raise InputError(f"{path} has no tensor {key}: not a GPT-2, or another shape than its config.json")
-                t = tensors[key].T if is_conv1d(key) else tensors[key]
-                if t.shape != p.shape:
-                    raise InputError(f"{path}: {key} has shape {tuple(t.shape)}, its config.json says {tuple(p.shape)}")
-                p.copy_(t)
+        """A GPT in eval mode with the weights of a GPT-2: one of GPT2_NAMES (downloaded once), a
+        folder that transformers wrote, or a .safetensors or .bin file beside its config.json.
+        Raises InputError for anything else. Never runs code from a file."""
+        path = Path(name_or_path)
+        if str(path) in GPT2_NAMES:
+            path = download_gpt2(str(path))
+        for file in (path / "pytorch_model.bin", path / "model.safetensors"):
+            path = file if file.exists() else path
+        tensors, gpt = load_tensors(path), cls(read_config(path.parent / "config.json"))
+        for key, p in gpt.transformer.state_dict().items():
+            t = tensors.get(f"transformer.{key}", tensors.get(key, torch.empty(0, 0)))
+            t = t.T if key.endswith(CONV1D) else t
+            if t.shape != p.shape:
+                raise InputError(f"{path}: config.json asks for {key} of shape {tuple(p.shape)}")
+            p.copy_(t)
         return gpt.eval()
 
     def save_pretrained(self, folder):
-        """Write config.json and model.safetensors so that transformers' GPT2LMHeadModel.from_pretrained opens them."""
-        config = self.config
-        tensors = {}
-        for key, p in self.state_dict().items():
-            if key != "lm_head.weight":                                     # tied; transformers ties it again
-                tensors[key] = (p.T if is_conv1d(key) else p).detach().cpu().contiguous()
-                if not config.bias and "wte" not in key and "wpe" not in key:   # transformers knows GPT-2 with biases
-                    tensors[key.replace(".weight", ".bias")] = torch.zeros(p.shape[0], dtype=p.dtype)
-        hf_config = dict(
-            architectures=["GPT2LMHeadModel"], model_type="gpt2", activation_function="gelu_new",
-            vocab_size=config.vocab_size, n_positions=config.block_size, n_embd=config.n_embd,
-            n_layer=config.n_layer, n_head=config.n_head, layer_norm_epsilon=1e-5, tie_word_embeddings=True,
-            attn_pdrop=config.dropout, embd_pdrop=config.dropout, resid_pdrop=config.dropout,
-            bos_token_id=config.vocab_size - 1, eos_token_id=config.vocab_size - 1)
-        write_pretrained(folder, tensors, hf_config)
+        """Write config.json and model.safetensors, which transformers' GPT2LMHeadModel opens."""
+        c, tensors = self.config, {}
+        for key, p in self.transformer.state_dict(prefix="transformer.").items():
+            tensors[key] = (p.T if key.endswith(CONV1D) else p).cpu().contiguous()
+            if not c.bias and "wte" not in key and "wpe" not in key:  # transformers expects biases
+                tensors[key.replace(".weight", ".bias")] = torch.zeros(len(p), dtype=p.dtype)
+        write_pretrained(folder, tensors, GPT2_CONFIG | dict(
+            architectures=["GPT2LMHeadModel"], vocab_size=c.vocab_size, n_positions=c.block_size,
+            n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
+            attn_pdrop=c.dropout, embd_pdrop=c.dropout, resid_pdrop=c.dropout,
+            bos_token_id=c.vocab_size - 1, eos_token_id=c.vocab_size - 1))
 
 
-GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+class KVCache:
+    """The keys and values of every layer, for `batch` rows of `slots` tokens each.
+
+    `layers[i]` (B*S, 2C) has a row per slot: key, then value. If it had three dimensions, then
+    torch.compile (2.11) would clone it at every step instead of copying rows in place. Nothing is
+    ever erased: each slot is written before a mask first reveals it."""
+
+    def __init__(self, n_layer, n_embd, batch, slots, device=None, dtype=None):
+        self.slots = slots
+        self.layers = [torch.zeros(batch * slots, 2 * n_embd, device=device, dtype=dtype)
+                       for _ in range(n_layer)]
 
 
-def is_conv1d(key):
-    """Whether GPT-2's files hold this matrix as (in, out), transposed against nn.Linear."""
-    return key.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+def block_mask(position, visible, slots, dtype):
+    """What each token of a block sees in the cache: an additive mask (B, 1, N, slots), 0 or -inf.
 
+    position (B,): the slot of each row's first block token. Its past is in the slots before.
+    visible (N, N) bool: whether token i of the block sees token j, in slot position + j. A token
+        of a chain sees itself and those before it, a node of a tree itself and its ancestors."""
+    N = len(visible)
+    j = torch.arange(slots, device=position.device) - position[:, None]  # (B, S) index in block
+    in_block = visible[:, j.clamp(0, N - 1)].transpose(0, 1)  # (B, N, S)
+    seen = (j < 0)[:, None] | (in_block & ((j >= 0) & (j < N))[:, None])
+    mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+    return mask.masked_fill(~seen, -math.inf)[:, None]
+
+
+# ----------------------------------------------------------------------------------------------
+# Files of weights, in the formats of Hugging Face and PyTorch
 
 def download_gpt2(name):
-    """Fetch config.json and model.safetensors of a GPT-2 size into the cache, unless they are there. -> folder."""
-    from data.prepare import CorpusError, download                          # only a download needs it
-    import_safetensors()                                                    # fail before the download, not after it
-    cache = Path(os.environ.get("MTP_CACHE", Path.home() / ".cache" / "multi-token-prediction")) / name
-    for file in ("config.json", "model.safetensors"):
-        if not (cache / file).exists():
-            try:
-                download(f"https://huggingface.co/openai-community/{name}/resolve/main/{file}", cache / file)
-            except CorpusError as error:
-                raise InputError(f"{error}; or give the folder of a GPT-2 that you have") from None
-    return cache
+    """Download a GPT-2 into the folder $MTP_CACHE/NAME, unless it is there. Returns the folder."""
+    import_safetensors()  # if it is missing, fail before the download
+    cache = Path(os.environ.get("MTP_CACHE", "~/.cache/multi-token-prediction")).expanduser()
+    for file, read in (("config.json", read_config), ("model.safetensors", load_tensors)):
+        url = f"https://huggingface.co/openai-community/{name}/resolve/main/{file}"
+        path = cache / name / file
+        try:
+            if not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                torch.hub.download_url_to_file(url, path, progress=sys.stderr.isatty())
+                read(path)  # torch.hub accepts a transfer that was cut short
+        except Exception as error:
+            path.unlink(missing_ok=True)
+            raise InputError(f"cannot download {url}: {error}") from None
+    return cache / name
 
 
-def read_gpt2_config(path):
-    """transformers' config.json -> GPTConfig. Raises InputError when it describes something this GPT cannot be."""
+def read_config(path):
+    """transformers' config.json -> GPTConfig. Raises InputError if this GPT is not that model."""
     try:
-        c = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing; it is needed to know the model's shape") from None
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON: {error}") from None
-    c = c if isinstance(c, dict) else {}
-    expected = dict(model_type="gpt2", activation_function="gelu_new", layer_norm_epsilon=1e-5, scale_attn_weights=True,
-                    scale_attn_by_inverse_layer_idx=False, tie_word_embeddings=True)
-    for key, value in expected.items():
-        if c.get(key, value) != value or "model_type" not in c:
-            raise InputError(f"{path}: {key} is {c.get(key)!r}; only GPT-2 with {key}={value!r} can be loaded")
-    try:
-        if c.get("n_inner") not in (None, 4 * c["n_embd"]):
-            raise InputError(f"{path}: n_inner is {c['n_inner']}; only four times n_embd can be loaded")
-        return GPTConfig(block_size=c["n_positions"], vocab_size=c["vocab_size"], n_layer=c["n_layer"],
-                         n_head=c["n_head"], n_embd=c["n_embd"], dropout=c.get("resid_pdrop", 0.0))
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{path} lacks a part of a GPT-2's shape, or it is no number: {error}") from None
+        c = {"model_type": "missing"} | json.loads(path.read_text())
+        for key, value in (GPT2_CONFIG | {"n_inner": 4 * c["n_embd"]}).items():
+            if c.get(key) not in (None, value):
+                raise ValueError(f"{key} is {c[key]!r}, not {value!r}")
+        return GPTConfig(c["n_positions"], c["vocab_size"], c["n_layer"], c["n_head"], c["n_embd"],
+                         c.get("resid_pdrop", 0.0))
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path} is not the config.json of a GPT-2: {error!r}") from None
 
 
-def read_tensors(path):
-    """All tensors of a .safetensors or .bin file, by name. Raises InputError when it is neither or is damaged."""
-    load = import_safetensors().load_file if path.suffix == ".safetensors" else (
-        lambda p: torch.load(p, map_location="cpu", weights_only=True))     # weights_only: no code is ever unpickled
+def load_tensors(path, what="a file of weights or a folder with model.safetensors"):
+    """The dict in a file of safetensors or torch.save, on the CPU. Never runs code from the file.
+    Raises InputError, which says that `path` is not `what`."""
+    safe = import_safetensors() if Path(path).suffix == ".safetensors" else None
     try:
-        return load(path)
-    except Exception as error:                                              # both libraries raise many kinds
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{path} cannot be read as weights (damaged, or not a weights file): {reason}") from None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch.load warns before it refuses a file
+            if safe:
+                return safe.load_file(path)
+            return dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:
+        reason = type(error).__name__
+        raise InputError(f"{path} is not {what}, or it is damaged ({reason})") from None
 
 
 def write_pretrained(folder, tensors, config):
-    """Write tensors {name: tensor} and a config, as model.safetensors and config.json; both are whole before either is
-    in place. Raises OSError when that fails."""
-    folder, save_file = Path(folder), import_safetensors().save_file
-    names = ("model.safetensors", "config.json")
-    parts = [folder / f"{name}.part" for name in names]
+    """Write {name: tensor} to model.safetensors and `config` to config.json, both complete before
+    either is in place. Raises OSError."""
+    safe = import_safetensors()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, parts[0], metadata={"format": "pt"})
-        parts[1].write_text(json.dumps(config, indent=2) + "\n")
-        for name, part in zip(names, parts):
-            os.replace(part, folder / name)
-    except Exception as error:                                              # safetensors has an error of its own
-        for part in parts:
-            part.unlink(missing_ok=True)
+        os.makedirs(folder, exist_ok=True)
+        with TemporaryDirectory(dir=folder) as new:
+            safe.save_file(tensors, f"{new}/model.safetensors", metadata={"format": "pt"})
+            Path(new, "config.json").write_text(json.dumps(config, indent=2) + "\n")
+            for file in os.listdir(new):
+                os.replace(f"{new}/{file}", f"{folder}/{file}")
+    except Exception as error:  # OSError, or safetensors' own
         raise OSError(f"cannot save the model to {folder}: {error}") from None
 
 
 def import_safetensors():
-    """safetensors is an optional package, only needed for files in Hugging Face's format."""
+    """safetensors.torch. Raises InputError if safetensors, an optional package, is missing."""
     try:
         import safetensors.torch
     except ImportError:

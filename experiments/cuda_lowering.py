@@ -1,18 +1,18 @@
-"""Does the decoding step compile for a GPU, and into how many kernel launches? Found out without a GPU.
+"""Does the decoding step compile for a GPU, and into how many kernel launches? Found out without
+a GPU.
 
     pip install "torch==2.11.*"        # the CUDA build, in an environment of its own (2.6 GB); no driver, no GPU
     python experiments/cuda_lowering.py --out experiments/results/cuda_lowering.json
 
-The smaller a model, the more of a decoding step is the launching of its kernels, even in a CUDA graph. This script lets torch.compile believe in an H200: the tensors
-are fake, shapes without numbers, and Inductor lowers the step to Triton's kernels, which Triton and ptxas compile to
-machine code for sm_90. So it shows what fails to compile, what falls back to a copy, and how many launches a step
-takes. It runs nothing: whether the numbers are right, whether the step can be captured in a CUDA graph and how long it
-takes, only a GPU can tell.
+The smaller a model, the more of a decoding step is the launching of its kernels, even in a CUDA
+graph. This script lets torch.compile believe in an H200: the tensors are fake, shapes without
+numbers, and Inductor lowers the step to Triton's kernels, which Triton and ptxas compile to
+machine code for sm_90. So it shows what fails to compile, what falls back to a copy, and how many
+launches a step takes. It runs nothing: whether the numbers are right, whether the step can be
+captured in a CUDA graph and how long it takes, only a GPU can tell.
 
-The operators that PyTorch itself picks at run time are assumed: attention by EFFICIENT_ATTENTION, as decode.py asks
-for, and one launch for each matrix product (cuBLAS may split one in two).
-"""
-import argparse
+The operators that PyTorch itself picks at run time are assumed: attention by EFFICIENT_ATTENTION,
+as decode.py asks for, and one launch for each matrix product (cuBLAS may split one in two)."""
 import collections
 import datetime
 import json
@@ -30,9 +30,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(1, str(Path(__file__).resolve().parent))
-from bench_decode import METHODS, OFFSETS, SIZES, flat_tree
-from common import Progress, check_output, one_line_errors, write_whole
-from decode import CHUNK, Decoder, chain, compile_step, own_program, read
+from experiments.bench_decode import METHODS, OFFSETS, SIZES, flat_tree
+from common import Parser, Progress, check_output, one_line_errors, write_whole
+from decode import Decoder, chain, compile_step
 from heads import HeadsConfig, MultiTokenGPT, draft_sources
 from model import GPT, GPTConfig, InputError
 
@@ -44,21 +44,19 @@ H200 = SimpleNamespace(
 
 TREES = {**{name: chain(draft_sources(offsets)) for name, offsets in METHODS.items()},
          "tree of 8": flat_tree(7), "tree of 64": flat_tree(63)}
-DEFAULT = dict(program="step", size="124M", tree="MTP", kind="resblock", whs=False, batch=1, dtype="bfloat16",
-               temperature=0.0, top_k=None, top_p=None, layers=None)        # layers: fewer than the size has
+DEFAULT = dict(size="124M", tree="MTP", kind="resblock", whs=False, batch=1, dtype="bfloat16",
+               temperature=0.0, top_k=None, top_p=None, layers=None)  # layers: fewer than the size has
 SAMPLED = dict(temperature=1.0, top_k=50, top_p=0.9)
 COUNTED = [dict(size=size, tree=tree) for size in ("toy", "124M", "1.5B") for tree in METHODS]
-COMPILED = [dict(layers=2, **variant) for variant in [                      # layers are alike, so two will do
+COMPILED = [dict(layers=2, **variant) for variant in [  # layers are alike, so two will do
     *(dict(tree=tree, **how) for tree in TREES for how in ({}, dict(temperature=1.0), SAMPLED)),
     *(dict(tree=tree, dtype="float32", **how) for tree in TREES for how in ({}, SAMPLED)),
     *(dict(tree=tree, batch=8, **how) for tree in TREES for how in ({}, SAMPLED)),
     *(dict(tree=tree, **heads, **how) for tree in ("MTP", "leap", "tree of 8") for how in ({}, SAMPLED)
       for heads in (dict(kind="block"), dict(whs=True))),
     dict(size="toy", tree="leap", dtype="float32", temperature=1.0),
-    dict(size="1.5B", tree="tree of 64", **SAMPLED),
-    *(dict(program="prefill", **heads) for heads in ({}, dict(kind="block"), dict(whs=True), dict(dtype="float32"),
-                                                     dict(batch=8)))]]
-GROUPS = {                                                                  # what the launches are for, by their names
+    dict(size="1.5B", tree="tree of 64", **SAMPLED)]]
+GROUPS = {  # what the launches are for, by their names
     "matrix products": r"mm$", "attention": r"_attention$", "norms, residuals": r"layer_norm",
     "keys, values": r"index_copy", "GELU": r"gelu", "picking tokens": r"max|sort|softmax|cumsum|topk|log"}
 
@@ -93,7 +91,7 @@ def imagine_an_h200():
     fake_tensor.init_gpu_context = always(None)
     fake_tensor.FakeTensorMode.avoid_device_init = property(always(True))
 
-    class Imagined(DriverBase):                                             # says for what to compile, and no more
+    class Imagined(DriverBase):  # says for what to compile, and no more
         is_active = classmethod(always(True))
         get_current_target = always(GPUTarget("cuda", 90, 32))
         get_current_device = get_current_stream = always(0)
@@ -116,8 +114,8 @@ class Lowered(Exception):
     """Everything is compiled; what remains would run it."""
 
 
-def lower(program, size, tree, kind, whs, batch, dtype, temperature, top_k, top_p, layers):
-    """Compile one program for the H200. -> its launches, as from `count`, and the seconds that took.
+def lower(size, tree, kind, whs, batch, dtype, temperature, top_k, top_p, layers):
+    """Compile one step for the H200. -> its launches, as from `count`, and the seconds that took.
 
     Raises what the compiler raises when it fails."""
     import torch._inductor.config as config
@@ -133,37 +131,34 @@ def lower(program, size, tree, kind, whs, batch, dtype, temperature, top_k, top_
         finally:
             torch.set_default_dtype(torch.float32)
         decoder = Decoder(model, tree=TREES[tree], max_length=256, temperature=temperature, top_k=top_k, top_p=top_p)
-        s, along = decoder._state(batch), torch.arange(CHUNK)
-        chunk = torch.zeros(batch, CHUNK, dtype=torch.long), s.chunk, along, along[:, None] >= along
+        s, _ = decoder.state(batch)
     source, compiled = [], []
 
     def compile_to_machine_code(self):
         code, _ = self.codegen()
         source.append(getattr(code, "value", code))
-        PyCodeCache.load_by_key_path(*PyCodeCache.write(source[-1]))        # this is when Triton compiles
+        PyCodeCache.load_by_key_path(*PyCodeCache.write(source[-1]))  # this is when Triton compiles
         compiled.append(True)
         raise Lowered
     graph.GraphLowering.compile_to_module = compile_to_machine_code
-    CachingAutotuner._make_launchers = CachingAutotuner._dynamic_scale_rblock = lambda self: None   # these need a GPU
+    CachingAutotuner._make_launchers = CachingAutotuner._dynamic_scale_rblock = lambda self: None  # these need a GPU
     start = time.perf_counter()
     try:
-        # Off: what needs a device that is there (folded constants, timed paddings, graphs from the cache), and further
-        # processes, which would not believe in it.
+        # Off: what needs a device that is there (folded constants, timed paddings, graphs from
+        # the cache), and further processes, which would not believe in it.
         with torch.no_grad(), config.patch(joint_graph_constant_folding=False, shape_padding=False,
                                            fx_graph_cache=False, compile_threads=1):
-            if program == "step":
-                compile_step(decoder, s)
-            else:
-                own_program(read, decoder.device)(decoder.gpt, decoder.reading, s.caches, *chunk)
+            compile_step(decoder, s)
     except Exception:
-        if not compiled:                                                    # else it is Lowered, in whatever wrapping
+        if not compiled:  # else it is Lowered, in whatever wrapping
             raise
     return dict(count(source[0]), seconds=time.perf_counter() - start)
 
 
 def count(source):
-    """The launches in a program that Inductor wrote. -> dict(total, launches: {what for: how many}, operators: those
-    that Inductor leaves to PyTorch's own kernels, which may launch several)"""
+    """The launches in a program that Inductor wrote. -> dict(total, launches: {what for: how
+    many}, operators: those that Inductor leaves to PyTorch's own kernels, which may launch
+    several)"""
     call = source[source.index("def call("):]
     kernels = re.findall(r"^\s+(triton_\w+?)(?:_\d+)?\.run\(", call, re.M)
     operators = re.findall(r"(?:extern_kernels|torch\.ops\.aten|aten)\.(\w+)[\w.]*\(", call)
@@ -173,15 +168,13 @@ def count(source):
     return dict(total=launches.total(), launches=dict(launches), operators=dict(collections.Counter(operators)))
 
 
-def parse_args():
+def parse_args(argv=None):
     """The command line as a namespace."""
-    p = argparse.ArgumentParser(prog="cuda_lowering.py", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-                                description="Compile the decoding step for an H200, without one, and count its kernel "
-                                            "launches.")
+    p = Parser(prog="cuda_lowering.py", description="Compile the decoding step for an H200, without "
+               "one, and count its kernel launches.")
     p.add_argument("--only", metavar="TEXT", help="only variants whose name contains this, as in: 124M MTP")
     p.add_argument("--out", metavar="FILE", help="write the results as JSON, after every variant")
-    p.error = lambda message: p.exit(2, f"cuda_lowering.py: error: {message}\n")
-    return p.parse_args()
+    return p.parse_args(argv)
 
 
 def name_of(variant):
@@ -192,9 +185,9 @@ def name_of(variant):
         if value != DEFAULT[key] and key not in ("size", "tree")])
 
 
-def main():
+def main(argv=None):
     """Bad input is one line and status 2, a variant that does not compile status 1."""
-    args = parse_args()
+    args = parse_args(argv)
     with one_line_errors("cuda_lowering.py", memory="the number of variants (--only)"):
         variants = [v for v in COUNTED + COMPILED if args.only is None or args.only in name_of(v)]
         if not variants:
@@ -204,14 +197,14 @@ def main():
             raise InputError(f"this needs the CUDA build of PyTorch, not {torch.__version__}: in an environment of its "
                              "own, pip install 'torch==2.11.*'")
         imagine_an_h200()
-        warnings.filterwarnings("ignore", module="torch._inductor")         # advice on speed
+        warnings.filterwarnings("ignore", module="torch._inductor")  # advice on speed
         results = dict(command=" ".join(sys.argv), torch=torch.__version__, triton=version("triton"), target="sm_90",
                        date=datetime.date.today().isoformat(), rows=[])
         for variant in (bar := Progress(variants, desc="compile", unit="variant", leave=True)):
             bar.set_postfix_str(name_of(variant))
             try:
                 row = lower(**{**DEFAULT, **variant})
-            except Exception as error:                                      # whatever it is: that is the result
+            except Exception as error:  # whatever it is: that is the result
                 row = dict(error=f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")
             results["rows"].append(dict(name=name_of(variant), **row))
             with bar.external_write_mode():

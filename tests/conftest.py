@@ -1,8 +1,12 @@
-"""Shared by the tests: small models, and how to run a command line."""
+"""Shared by the tests: small models, a corpus, a trained run, and how to call a command line."""
+import importlib
+import io
 import os
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,35 +15,49 @@ from heads import HeadsConfig, MultiTokenGPT
 from model import GPT, GPTConfig
 
 ROOT = Path(__file__).resolve().parent.parent
-torch.set_num_threads(1)                                                    # tensors here are too small to share
+torch.set_num_threads(1)                                            # these tensors are too small to share
 
 
 def tiny_gpt(seed=0, **config):
     """A GPT with two layers and weights large enough that it has opinions."""
     torch.manual_seed(seed)
-    gpt = GPT(GPTConfig(**{**dict(block_size=64, vocab_size=31, n_layer=2, n_head=2, n_embd=32), **config}))
+    shape = dict(block_size=64, vocab_size=31, n_layer=2, n_head=2, n_embd=32)
+    gpt = GPT(GPTConfig(**{**shape, **config}))
     with torch.no_grad():
         for p in gpt.parameters():
             p.add_(0.1 * torch.randn_like(p))
     return gpt.eval()
 
 
-def tiny_model(offsets=(1, 2, 3, 4, 5, 7), kind="resblock", untrained=False, seed=0, n_layer=1, own=False, gpt=None,
-               whs=False, **config):
-    """tiny_gpt (or `gpt`) with heads: as they start (untrained), or moved at random, as training would move them."""
+def tiny_model(offsets=(1, 2, 3, 4, 5, 7), kind="resblock", untrained=False, seed=0, n_layer=1,
+               own=False, gpt=None, whs=False, **config):
+    """tiny_gpt (or `gpt`) with heads: as they start (untrained), or moved at random, as by training."""
     model = MultiTokenGPT(gpt or tiny_gpt(seed, **config), HeadsConfig(offsets, kind, n_layer, own, whs))
     if not untrained:
         with torch.no_grad():
-            for p in [*model.heads.parameters(), *model.unembeddings.parameters(), *model.mixes.parameters()]:
-                p.add_(0.1 * torch.randn_like(p))
+            for name, p in model.named_parameters():
+                if not name.startswith("gpt."):
+                    p.add_(0.1 * torch.randn_like(p))
     return model.eval()
 
 
-def command(*arguments, **options):
-    """Run `python ARGUMENTS...` in the project's folder. -> CompletedProcess with text output."""
-    env = {**os.environ, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1", **options.pop("env", {})}
-    return subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, text=True, capture_output=True, env=env,
-                          timeout=300, **options)
+def command(script, *arguments):
+    """Call main(argv) of a script in this process. -> its returncode, stdout and stderr"""
+    main = importlib.import_module(script.removesuffix(".py").replace("/", ".")).main
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            status = main([str(a) for a in arguments])
+        except SystemExit as stop:
+            status = stop.code
+    return SimpleNamespace(returncode=status or 0, stdout=out.getvalue(), stderr=err.getvalue())
+
+
+def process(*arguments, **options):
+    """Run `python ARGUMENTS...` in the project's folder. -> CompletedProcess with text output"""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **options.pop("env", {})}
+    return subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, text=True, env=env,
+                          capture_output=True, timeout=300, **options)
 
 
 def assert_one_line_error(result, *words):
@@ -55,19 +73,20 @@ def corpus(tmp_path_factory):
     """A small prepared corpus, as bytes."""
     from data.prepare import prepare
     folder = tmp_path_factory.mktemp("data")
-    text = "".join(f"def f{i}(x):\n    return x * {i} + {i * i % 17}\n\n" for i in range(600))
-    (folder / "code.txt").write_text(text)
+    functions = (f"def f{i}(x):\n    return x * {i} + {i * i % 17}\n\n" for i in range(600))
+    (folder / "code.txt").write_text("".join(functions))
     return prepare(str(folder / "code.txt"), out=folder / "corpus")
 
 
-TINY = ["--n-layer", "2", "--n-head", "2", "--n-embd", "32", "--block-size", "32", "--batch-size", "4", "--warmup", "2",
-        "--eval-windows", "4", "--device", "cpu", "--dtype", "float32", "--no-progress"]
+TINY = ["--n-layer", 2, "--n-head", 2, "--n-embd", 32, "--block-size", 32, "--batch-size", 4,
+        "--warmup", 2, "--eval-windows", 4, "--device", "cpu", "--dtype", "float32", "--no-progress"]
 
 
 @pytest.fixture(scope="session")
 def run_folder(tmp_path_factory, corpus):
     """A run of train.py: 120 steps, offsets 1,2,3,4,5,7."""
     out = tmp_path_factory.mktemp("runs") / "tiny"
-    result = command("train.py", "--data", corpus, "--out", out, "--offsets", "1,2,3,4,5,7", "--steps", 120, *TINY)
+    result = command("train.py", "--data", corpus, "--out", out, "--offsets", "1,2,3,4,5,7",
+                     "--steps", 120, *TINY)
     assert result.returncode == 0, result.stderr
     return out

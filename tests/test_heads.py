@@ -1,18 +1,17 @@
-"""Lesson 2: what an offset is, where a draft comes from, and how several losses share one backward pass."""
+"""Lesson 2: what an offset is, where a draft comes from, and how several losses take one backward
+pass."""
 import gc
-import json
 import weakref
 
 import pytest
-import safetensors.torch
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import heads
 from conftest import tiny_gpt, tiny_model
-from heads import (HeadsConfig, MultiTokenGPT, draft_sources, export_medusa, joint_loss, leap_offsets, mtp_offsets,
-                   parse_offsets)
+from heads import (DraftHeads, HeadsConfig, MultiTokenGPT, draft_sources, joint_loss, leap_offsets,
+                   mtp_offsets, parse_offsets)
 from model import InputError
 
 
@@ -44,15 +43,17 @@ def test_mtp_drafts_every_distance_from_the_newest_position():
 
 
 def test_leap_fills_the_holes_by_looking_one_position_back():
-    # After x_t: offset 3 read one token ago is about x_{t-1+3} = x_{t+2}, the hole between offsets 1 and 3.
-    assert draft_sources((1, 3, 5, 7)) == {2: (3, 1), 3: (3, 0), 4: (5, 1), 5: (5, 0), 6: (7, 1), 7: (7, 0)}
+    # Offset 3, one token back, predicts x_{t-1+3} = x_{t+2}: the hole between offsets 1 and 3.
+    assert draft_sources((1, 3, 5, 7)) == {2: (3, 1), 3: (3, 0), 4: (5, 1), 5: (5, 0),
+                                           6: (7, 1), 7: (7, 0)}
 
 
 def test_a_wider_stride_looks_back_further():
     assert [b for _, b in draft_sources((1, 4, 7)).values()] == [2, 1, 0, 2, 1, 0]
 
 
-@pytest.mark.parametrize("offsets", [(1,), (1, 2), (1, 9), (1, 2, 3, 4, 5, 7), (1, 3, 5, 7, 9), (1, 4, 6)])
+@pytest.mark.parametrize("offsets", [
+    (1,), (1, 2), (1, 9), (1, 2, 3, 4, 5, 7), (1, 3, 5, 7, 9), (1, 4, 6)])
 def test_sources_cover_all_distances_with_the_nearest_offset_that_reaches(offsets):
     sources = draft_sources(offsets)
     assert list(sources) == list(range(2, offsets[-1] + 1))
@@ -74,7 +75,7 @@ def test_an_untrained_head_repeats_the_next_token_prediction(kind, own):
 
 
 @pytest.mark.parametrize("kind", ["resblock", "block"])
-def test_adding_heads_does_not_change_what_the_gpt_says(kind):
+def test_adding_heads_does_not_change_the_next_token_prediction(kind):
     gpt, idx = tiny_gpt(), torch.randint(0, 31, (2, 12))
     alone = gpt(idx)[0]
     model = MultiTokenGPT(gpt, HeadsConfig((1, 3, 5), kind))
@@ -86,7 +87,8 @@ def test_adding_heads_does_not_change_what_the_gpt_says(kind):
 def test_heads_have_weights_of_their_own():
     model = tiny_model((1, 2, 3), n_layer=3)
     storages = {p.data_ptr() for p in model.heads.parameters()}
-    assert len(storages) == len(list(model.heads.parameters())) == 2 * 3 * 2   # heads x layers x (weight, bias)
+    # 2 heads of 3 layers, each with a weight and a bias
+    assert len(storages) == len(list(model.heads.parameters())) == 2 * 3 * 2
 
 
 def test_offsets_one_alone_is_the_plain_gpt():
@@ -94,14 +96,14 @@ def test_offsets_one_alone_is_the_plain_gpt():
     assert len(list(model.parameters())) == len(list(model.gpt.parameters()))
 
 
-def test_an_own_unembedding_starts_as_a_copy_and_is_not_shared():
+def test_an_unembedding_of_a_heads_own_starts_as_a_copy():
     model = tiny_model((1, 2), own=True, untrained=True)
     copy = model.unembeddings["2"].weight
     assert torch.equal(copy, model.gpt.lm_head.weight) and copy is not model.gpt.lm_head.weight
 
 
 @pytest.mark.parametrize("bad", [dict(kind="magic"), dict(n_layer=0), dict(offsets=(2, 3))])
-def test_heads_that_cannot_be_are_refused(bad):
+def test_an_impossible_configuration_of_heads_raises_an_error(bad):
     with pytest.raises(InputError):
         HeadsConfig(**bad)
 
@@ -110,7 +112,8 @@ def test_heads_that_cannot_be_are_refused(bad):
 
 @pytest.mark.parametrize("kind", ["resblock", "block"])
 def test_all_weight_on_the_last_layer_is_no_weighting_at_all(kind):
-    plain, weighted = (tiny_model((1, 2, 4), kind, whs=whs, untrained=True, n_layer=2) for whs in (False, True))
+    plain, weighted = (tiny_model((1, 2, 4), kind, whs=whs, untrained=True, n_layer=2)
+                       for whs in (False, True))
     weighted.heads.load_state_dict(plain.heads.state_dict())
     for mix in weighted.mixes.values():
         mix.data = torch.tensor([-1e4, 0.0])
@@ -122,19 +125,20 @@ def test_all_weight_on_the_last_layer_is_no_weighting_at_all(kind):
 def test_a_head_reads_the_weighted_sum_of_all_normalised_layers():
     model, idx = tiny_model((1, 3), whs=True, n_layer=1), torch.randint(0, 31, (2, 12))
     layers = [model.gpt.transformer.ln_f(x) for x in model.gpt.residual_stream(idx)[1:]]
-    shares = model.layer_weights()[3]
-    assert len(shares) == len(layers) == 2 and sum(shares) == pytest.approx(1)
-    z = model.heads["3"](sum(share * x for share, x in zip(shares, layers)))
+    weights = model.layer_weights()[3]
+    assert len(weights) == len(layers) == 2 and sum(weights) == pytest.approx(1)
+    z = model.heads["3"](sum(weight * x for weight, x in zip(weights, layers)))
     torch.testing.assert_close(model(idx)[3], model.gpt.lm_head(z))
-    torch.testing.assert_close(model(idx)[1], model.gpt(idx)[0])            # offset 1 is the GPT, as ever
+    torch.testing.assert_close(model(idx)[1], model.gpt(idx)[0])  # offset 1 is the GPT, as ever
 
 
 def test_the_weighting_starts_with_half_on_the_last_layer_and_is_learned():
     model = MultiTokenGPT(tiny_gpt(n_layer=4), HeadsConfig((1, 3, 5), whs=True))
-    assert model.layer_weights() == {o: pytest.approx([1 / 6, 1 / 6, 1 / 6, 1 / 2]) for o in (3, 5)}
+    start = pytest.approx([1 / 6, 1 / 6, 1 / 6, 1 / 2])
+    assert model.layer_weights() == {3: start, 5: start}
     joint_loss(model, torch.randint(0, 31, (2, 24)), backward=True)
     assert model.mixes["3"].grad.abs().min() > 0
-    assert not torch.equal(model.mixes["3"].grad, model.mixes["5"].grad)    # each head has its own
+    assert not torch.equal(model.mixes["3"].grad, model.mixes["5"].grad)  # each head has its own
 
 
 # The joint loss
@@ -153,7 +157,8 @@ def test_the_loss_of_offset_o_compares_position_t_with_token_t_plus_o():
 
 
 def test_a_repeating_text_makes_the_shift_visible():
-    # In 0 1 2 0 1 2 ... a head that says "the same token again" is always right at offset 3 and never at 1 or 2.
+    # In 0 1 2 0 1 2 ..., predicting the same token again is always right at offset 3, and never at
+    # offsets 1 and 2.
     model = tiny_model((1, 2, 3), untrained=True, vocab_size=3)
     model.offset_logits = lambda h, o: F.one_hot(seen[:, :h.shape[1]], 3) * 100.0
     idx = torch.arange(30).repeat(2, 1) % 3
@@ -170,13 +175,14 @@ def test_head_by_head_backward_gives_the_gradients_of_the_plain_weighted_sum(kin
     joint_loss(model, idx, weights, backward=True, scale=0.25)
     head_by_head = {name: p.grad for name, p in model.named_parameters()}
     model.zero_grad()
-    sum(0.25 * weights.get(o, 1.0) * loss for o, loss in plain_losses(model, idx).items()).backward()
+    losses = plain_losses(model, idx)
+    sum(0.25 * weights.get(o, 1.0) * loss for o, loss in losses.items()).backward()
     for name, p in model.named_parameters():
         torch.testing.assert_close(head_by_head[name], p.grad, rtol=1e-10, atol=1e-12, msg=name)
 
 
 class PeakOfLargeTensors(TorchDispatchMode):
-    """Counts how many tensors of at least `size` elements are alive at once."""
+    """The peak number of tensors of at least `size` elements that are alive at once."""
 
     def __init__(self, size):
         super().__init__()
@@ -188,7 +194,8 @@ class PeakOfLargeTensors(TorchDispatchMode):
             if isinstance(t, torch.Tensor) and t.numel() >= self.size:
                 key = t.untyped_storage()._cdata
                 if key not in self.alive:
-                    self.alive[key] = weakref.finalize(t.untyped_storage(), self.alive.pop, key, None)
+                    self.alive[key] = weakref.finalize(
+                        t.untyped_storage(), self.alive.pop, key, None)
                 self.peak = max(self.peak, len(self.alive))
         return out
 
@@ -206,47 +213,32 @@ def test_peak_memory_holds_one_heads_logits_however_many_heads_there_are():
     assert peak_logits(8) == peak_logits(2) > 0
 
 
-# Heads for a server
+# All heads on a block of tokens: what a decoder runs
 
-class MedusaAsVllmReadsIt(nn.Module):
-    """The parameters that vLLM's Medusa model has for a config.json, under their names, and what it computes."""
-
-    def __init__(self, config):
-        super().__init__()
-        C, V, n = config["hidden_size"], config["vocab_size"], config["num_heads"]
-        assert config["model_type"] == "medusa" and config["architectures"] == ["MedusaModel"]
-        self.blocks = nn.ModuleList([nn.ModuleDict({"layers": nn.ModuleList(
-            [nn.Linear(C, C, bias=config["medusa_fc_bias"]) for _ in range(config["num_hidden_layers"])])})
-            for _ in range(n)])
-        self.shared = config["original_lm_head"]                            # then only the first is in the file
-        self.lm_heads = nn.ModuleList([nn.Linear(C, V, bias=False) for _ in range(1 if self.shared else n)])
-
-    def forward(self, h):
-        for i, block in enumerate(self.blocks):
-            x = h
-            for layer in block["layers"]:
-                x = x + nn.functional.silu(layer(x))
-            yield self.lm_heads[0 if self.shared else i](x)
+@pytest.mark.parametrize("options", [
+    dict(), dict(n_layer=3, own=True), dict(kind="block", n_layer=2), dict(whs=True),
+    dict(kind="block", own=True, whs=True)])
+@pytest.mark.parametrize("offsets", [(1,), (1, 3), (1, 2, 3, 4, 5, 7)])
+def test_the_heads_run_on_a_block_as_one_by_one(options, offsets):
+    model, idx = tiny_model(**options), torch.randint(0, 31, (2, 12))
+    run = DraftHeads(model, offsets)
+    x = run.hidden_states(model.gpt.residual_stream(idx), [None] * len(offsets), None, None)
+    for i, o in enumerate(offsets):
+        torch.testing.assert_close(run.logits(x)[:, :, i], model(idx)[o])
 
 
-@pytest.mark.parametrize("own, n_layer", [(False, 1), (True, 1), (False, 2)])
-def test_exported_heads_are_the_medusa_drafter_of_the_backbone(own, n_layer, tmp_path):
-    model, idx = tiny_model((1, 2, 3, 4), own=own, n_layer=n_layer), torch.randint(0, 31, (2, 12))
-    export_medusa(model, tmp_path / "medusa")
-    config = json.loads((tmp_path / "medusa" / "config.json").read_text())
-    medusa = MedusaAsVllmReadsIt(config)
-    tensors = safetensors.torch.load_file(tmp_path / "medusa" / "model.safetensors")
-    medusa.load_state_dict(tensors)                                         # strict: the same names and shapes
-    # vLLM's reader renames all that looks like a number of heads or layers, so there must be one of each.
-    assert [k for k in config if "num" in k] == ["num_heads", "num_hidden_layers"] and config["num_heads"] == 3
-    for offset, logits in zip((2, 3, 4), medusa(model.gpt.hidden_states(idx))):
-        torch.testing.assert_close(logits, model(idx)[offset])
+def test_only_heads_that_attend_have_keys_and_values_to_keep():
+    how = dict(n_embd=32, batch=2, slots=10)
+    for kind, layers in (("resblock", 0), ("block", 3)):
+        caches = DraftHeads(tiny_model(kind=kind, n_layer=3), (1, 2, 4)).caches(**how)
+        assert [len(cache.layers) for cache in caches] == [layers, layers]
 
 
-@pytest.mark.parametrize("options, words", [
-    (dict(offsets=(1, 3, 5)), "look back"), (dict(offsets=(1,)), "without a gap"),
-    (dict(offsets=(1, 2), kind="block"), "residual blocks"), (dict(offsets=(1, 2), whs=True), "all layers")])
-def test_heads_that_no_medusa_server_can_run_are_refused(options, words, tmp_path):
-    with pytest.raises(InputError, match=words):
-        export_medusa(tiny_model(**options), tmp_path / "medusa")
-    assert not (tmp_path / "medusa").exists()
+@pytest.mark.parametrize("own", [False, True])
+def test_a_padded_unembedding_has_no_tokens_that_do_not_exist(own, monkeypatch):
+    model, x = tiny_model(own=own), torch.randn(2, 3, 3, 32)
+    plain = DraftHeads(model, (1, 2, 4)).logits(x)
+    monkeypatch.setitem(heads.PADDING, "cpu", 64)  # as on CUDA: 31 tokens, 64 rows
+    padded = DraftHeads(model, (1, 2, 4))
+    assert padded.unembeddings[0].out_features == 64 and padded.logits(x).shape[-1] == 31
+    torch.testing.assert_close(padded.logits(x), plain)
