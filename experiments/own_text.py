@@ -1,7 +1,7 @@
 """A corpus that a model writes itself (self-distillation; L-MTP, stage 1).
 
     python experiments/own_text.py runs/ntp data/own
-    python train.py --data data/own --init runs/ntp --offsets 1,3,5,7 --backbone-lr 0
+    python train.py --data data/own --init runs/ntp --offsets 1,3,5 --backbone-lr 0 --out runs/own
 
 Heads on a frozen backbone learn to predict what that backbone will emit. Its own text therefore
 teaches them more than the corpus, which people wrote. Each document is the beginning of a window

@@ -15,7 +15,7 @@ from heads import HeadsConfig, MultiTokenGPT
 from model import GPT, GPTConfig
 
 ROOT = Path(__file__).resolve().parent.parent
-torch.set_num_threads(1)                                            # these tensors are too small to share
+torch.set_num_threads(1)  # these tensors are too small to share
 
 
 def tiny_gpt(seed=0, **config):
