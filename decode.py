@@ -59,8 +59,8 @@ def generate_reference(model, prompt, max_new_tokens, offsets=None):
         while n < len(draft) and draft[n] == target[n]:
             n += 1
         text += draft[:n] + [target[n]]
-        # Draft what follows the bonus token, from the tokens before it, which have been read.
-        newest = len(text) - 2
+        # Draft what follows the bonus token, from the tokens before it.
+        logits, newest = model(torch.tensor([text])), len(text) - 2
         draft = [int(logits[o][0, max(0, newest - b)].argmax()) for o, b in sources.values()]
         draft = draft[:end - len(text) - 1]  # a bonus token follows the last
     return text[len(prompt):]
@@ -307,42 +307,38 @@ class Decoder:
         return self.states[B]
 
     def forward_block(self, s, tokens, start, depth, visible):
-        """Run tokens (B, n) through the GPT and the heads. Token i stands at position start +
-        depth[i] and in slot start + i, and sees all before `start` and visible[i] of the block.
-        -> the final hidden states, and what each head makes of them (B, n, 1 + H, C)"""
-        # What lies beyond the end (padding, the last block) goes to the last slot, which nobody
-        # sees.
+        """Run tokens (B, n) through the GPT. Token i stands at position start + depth[i] and in
+        slot start + i, and sees all before `start` and visible[i] of the block. -> what the heads
+        read (B, n, ...)"""
         slot = start[:, None] + torch.arange(tokens.shape[1], device=self.device)
-        slots = (slot.clamp(max=self.slots - 1) + self.slots * s.row).flatten()  # (B * n,)
+        slots = (slot + self.slots * s.row).flatten()  # (B * n,)
         mask = block_mask(start, visible, self.slots, s.caches[0].layers[0].dtype)
         position = (start[:, None] + depth).clamp(max=self.config.block_size - 1)
         stream = self.gpt.residual_stream(tokens, position, s.caches[0], slots, mask)
-        return self.heads.hidden_states(stream, s.caches[1:], slots, mask)
+        return self.heads.states(stream)
 
     def prefill(self, s, n):
         """Read the first n tokens of the prompts and draft the first block. Shorter prompts are
         padded on the right: what is cached there is overwritten before anything sees it."""
         i = torch.arange(n, device=self.device)
         start = torch.zeros_like(s.position)
-        x = self.forward_block(s, s.tokens[:, :n], start, depth=i, visible=i[:, None] >= i)
+        h = self.forward_block(s, s.tokens[:, :n], start, depth=i, visible=i[:, None] >= i)
         if self.t.H:
-            newest = self.newest(s).clamp(0, n - 1)  # a wrong draft does no harm
-            s.drafts.copy_(self.draft(s, self.heads.logits(x[s.row, newest])[:, :, 1:]))
+            s.drafts.copy_(self.draft(s, h, start, self.newest(s).clamp(0, n - 1)))
         self.write_block(s)
 
     def step(self, s):
         """One step of all rows. Nothing in it waits for the host, and all shapes are fixed."""
-        t = self.t
-        x = self.forward_block(s, s.block, s.position, t.depth, t.visible)
-        logits = self.heads.logits(x)  # (B, N, 1 + H, V)
-        target = self.verify(s, logits[:, :, 0])  # (B, N)
+        t, start = self.t, s.position.clone()
+        h = self.forward_block(s, s.block, start, t.depth, t.visible)
+        target = self.verify(s, self.heads.next_logits(h))  # (B, N)
         n, path = accept(s.block, target, t)  # (B,), (B, D + 1)
         self.commit(s, target.gather(1, path), n, path)
         if t.H:
             # The W newest tokens stand so far along the path; those before the root keep their
             # drafts.
             i = n[:, None] + 1 + torch.arange(-t.W, 0, device=self.device)  # (B, W)
-            new = self.draft(s, logits[:, :, 1:][s.row, path.gather(1, i.clamp(min=0))])
+            new = self.draft(s, h, start, i.clamp(min=0), path)
             old = s.drafts[s.row, (i + t.W).clamp(max=t.W - 1)]  # (B, W, H, R)
             s.drafts.copy_(torch.where((i >= 0)[:, :, None, None], new, old))
         self.write_block(s)
@@ -365,7 +361,7 @@ class Decoder:
         s.limit.copy_(torch.minimum(s.limit, stopped))
         if self.t.D + 1 < self.t.N:  # a chain lies in its slots already
             start = s.row * self.slots + s.position[:, None]
-            for layer in (layer for cache in s.caches for layer in cache.layers):
+            for layer in s.caches[0].layers:  # the heads read the path only
                 layer.index_copy_(0, (start + i).flatten(), layer[(start + path).flatten()])
         s.position.copy_(torch.minimum(s.position + n + 1, s.limit))  # a finished row stays
 
@@ -374,9 +370,23 @@ class Decoder:
         root."""
         return s.position[:, None] + torch.arange(-self.t.W, 0, device=self.device)
 
-    def draft(self, s, logits):
-        """Each head's best R tokens at the newest positions: logits (B, W, H, V) -> (B, W, H,
-        R)."""
+    def draft(self, s, h, start, index, path=None):
+        """The best R tokens of every head at the W newest positions -> (B, W, H, R). h: as from
+        forward_block, at slots from `start` on, along a path (B, n) if given; index (B, W): where
+        in it the newest are."""
+        if self.heads.attend:  # the heads have to read all tokens
+            h = h if path is None else h[s.row, path]  # (B, n, ...)
+            i = torch.arange(h.shape[1], device=self.device)
+            slot = start[:, None] + i
+            next_tokens = s.tokens.gather(1, slot + 1)
+            mask = block_mask(start, i[:, None] >= i, self.slots, s.caches[0].layers[0].dtype)
+            slots = (slot + self.slots * s.row).flatten()
+            z = self.heads.run(h, next_tokens, s.caches[1:], slots, mask)[s.row, index]
+        else:
+            index = index if path is None else path.gather(1, index)
+            next_tokens = s.tokens.gather(1, self.newest(s).clamp(min=0) + 1)
+            z = self.heads.run(h[s.row, index], next_tokens)
+        logits = self.heads.logits(z)  # (B, W, H, V)
         if self.coupled:
             position = self.newest(s)[:, :, None] + self.t.offsets  # (B, W, H) of the drafts
             logits = self.scores(logits, s.noise_row[:, :, None], position)

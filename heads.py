@@ -119,6 +119,25 @@ class BlockHead(nn.Module):
 KINDS = {"resblock": ResBlockHead, "block": BlockHead}
 
 
+class NextToken(nn.Module):
+    """z + MLP([z, norm(e)]): tells a head at position t the next token x_{t+1}, by its embedding
+    e. A decoder knows that token when it drafts, it is the bonus token. Such heads predict from
+    the conditional distribution, others from the marginal one (cf. Hydra, EAGLE, DeepSeek-V3;
+    arXiv 2402.05109, 2401.15077, 2412.19437). The MLP adds nothing at first."""
+
+    def __init__(self, gpt_config):
+        super().__init__()
+        C = gpt_config.n_embd
+        self.fc, self.proj = nn.Linear(2 * C, 2 * C), nn.Linear(2 * C, C)
+        nn.init.zeros_(self.proj.weight)
+        nn.init.zeros_(self.proj.bias)
+
+    def forward(self, z, e):
+        """z, e (..., C) -> (..., C)."""
+        e = F.layer_norm(e, e.shape[-1:])
+        return z + self.proj(F.silu(self.fc(torch.cat([z, e], dim=-1))))
+
+
 def weighted_hidden_states(states, mix):
     """What a head reads instead of the final hidden states (WHS, Mehra et al. 2025): the sum of
     all layers' hidden states, weighted by softmax(mix). So it can use what later layers drop.
@@ -135,6 +154,7 @@ class HeadsConfig:
     n_layer: int = 1                  # residual blocks or transformer layers per head
     own_unembedding: bool = False     # each head trains a copy of the unembedding
     whs: bool = False                 # weighted hidden states: each head reads all layers
+    conditional: bool = False         # each head also reads the token after its position
 
     def __post_init__(self):
         self.offsets = check_offsets(self.offsets)
@@ -159,6 +179,9 @@ class MultiTokenGPT(nn.Module):
             for o in names:
                 self.unembeddings[o] = nn.Linear(config.n_embd, config.vocab_size, bias=False)
                 self.unembeddings[o].weight = nn.Parameter(gpt.lm_head.weight.detach().clone())
+        self.next_token = nn.ModuleDict()  # empty: no head reads x_{t+1}
+        if heads_config.conditional:
+            self.next_token = nn.ModuleDict({o: NextToken(config) for o in names})
         self.mixes = nn.ParameterDict()  # empty: all read the last layer
         if heads_config.whs:
             start = torch.zeros(config.n_layer)  # half for the last layer
@@ -174,14 +197,16 @@ class MultiTokenGPT(nn.Module):
         stream = self.gpt.residual_stream(idx)[1:]
         return torch.stack([self.gpt.transformer.ln_f(x) for x in stream], dim=2)
 
-    def offset_logits(self, h, offset):
+    def offset_logits(self, h, offset, next_tokens=None):
         """h from hidden_states -> logits (B, T, V) of an offset; [:, t] predicts token t +
-        offset."""
+        offset. next_tokens (B, T): [:, t] is token t + 1, which conditional heads read."""
         if offset == 1:
             return self.gpt.lm_head(h[:, :, -1] if self.mixes else h)
         o = str(offset)
         if self.mixes:
             h = weighted_hidden_states(h, self.mixes[o])
+        if self.next_token:
+            h = self.next_token[o](h, self.gpt.transformer.wte(next_tokens))
         unembed = self.unembeddings[o] if self.unembeddings else self.gpt.lm_head
         return unembed(self.heads[o](h))
 
@@ -190,9 +215,12 @@ class MultiTokenGPT(nn.Module):
         return {int(o): mix.detach().float().softmax(0).tolist() for o, mix in self.mixes.items()}
 
     def forward(self, idx):
-        """(B, T) int64 -> {offset: logits (B, T, V)}."""
-        h = self.hidden_states(idx)
-        return {o: self.offset_logits(h, o) for o in self.offsets}
+        """(B, T) int64 -> {offset: logits (B, T, V)}, of conditional heads (B, T - 1, V)."""
+        h, logits = self.hidden_states(idx), {}
+        for o in self.offsets:
+            n = idx.shape[1] - (o > 1 and len(self.next_token) > 0)
+            logits[o] = self.offset_logits(h[:, :n], o, idx[:, 1:])
+        return logits
 
 
 # ----------------------------------------------------------------------------------------------
@@ -204,7 +232,8 @@ def predictions_and_targets(model, h, idx, offset):
     idx (B, T); h (B, T - 1, ...) = model.hidden_states(idx[:, :-1]). Position t of offset o
     predicts token t + o, so the last o - 1 positions have no target."""
     targets = idx[:, offset:]  # (B, T - o)
-    logits = model.offset_logits(h[:, :targets.shape[1]], offset)
+    n = targets.shape[1]
+    logits = model.offset_logits(h[:, :n], offset, next_tokens=idx[:, 1:n + 1])
     return logits.flatten(0, 1), targets.flatten()
 
 
@@ -241,64 +270,93 @@ PADDING = {"cuda": 64}  # its kernels like a multiple of this many rows of an un
 
 
 class DraftHeads:
-    """The GPT's unembedding and the heads of some offsets, run together on a block of tokens.
+    """The heads of some offsets as a decoder runs them: together, and only where they draft.
 
-    This is all that a decoder sees of the heads: `hidden_states`, then `logits`. The weights are
-    the model's own, with two exceptions. The first layers of residual heads that read the last
-    layer are one product C -> H * C, and on CUDA an unembedding gets zero rows up to a multiple
-    of 64."""
+    A decoder sees no more of the heads than this: what they read (`states`), what they make of
+    it (`run`), and their `logits`. Linears of residual heads are stacked and run as one, and on
+    CUDA an unembedding gets zero rows up to a multiple of 64: else the weights are the model's.
+    """
 
     def __init__(self, model, offsets):
-        self.config, self.ln_f = model.gpt.config, model.gpt.transformer.ln_f
+        self.gpt, self.ln_f = model.gpt, model.gpt.transformer.ln_f
+        self.vocab_size = model.gpt.config.vocab_size
         names = [str(o) for o in offsets if o > 1]
         self.heads = [model.heads[o] for o in names]
         self.mixes = [model.mixes[o] for o in names] if model.mixes else []
+        self.unembedding = with_padding(model.gpt.lm_head)
         own = [model.unembeddings[o] for o in names] if model.unembeddings else []
-        self.unembeddings = [with_padding(linear) for linear in (model.gpt.lm_head, *own)]
-        self.first, self.deeper = None, []
-        if self.heads and isinstance(self.heads[0], ResBlockHead) and not self.mixes:
-            first, *self.deeper = zip(*(head.blocks for head in self.heads))  # layers of H Linears
-            C = self.config.n_embd
-            self.first = nn.Linear(C, len(first) * C, device="meta")
-            self.first.weight = nn.Parameter(torch.cat([f.weight.detach() for f in first]))
-            self.first.bias = nn.Parameter(torch.cat([f.bias.detach() for f in first]))
+        self.own = [with_padding(linear) for linear in own]
+        self.next_token = [model.next_token[o] for o in names] if model.next_token else []
+        self.attend = bool(self.heads) and isinstance(self.heads[0], BlockHead)
+        self.layers = []
+        if self.heads and not (self.attend or self.mixes):
+            layers = list(zip(*(head.blocks for head in self.heads)))  # each H Linears
+            if self.next_token:
+                layers = [*zip(*((f.fc, f.proj) for f in self.next_token)), *layers]
+            self.layers = [stack(linears) for linears in layers]
 
     def caches(self, **how):
-        """A KVCache per head (how: as in KVCache), without layers for heads that do not attend."""
-        layers = [len(head.blocks) if isinstance(head, BlockHead) else 0 for head in self.heads]
-        return [KVCache(n, **how) for n in layers]
+        """A KVCache per head that attends (how: as in KVCache)."""
+        return [KVCache(len(head.blocks), **how) for head in self.heads if self.attend]
 
-    def hidden_states(self, stream, caches, slots, mask):
-        """stream: GPT.residual_stream of a block, n_layer + 1 tensors (B, N, C); slots and mask
-        as in model.Block -> (B, N, 1 + H, C): the final hidden states, and what each head makes
-        of them."""
-        h = self.ln_f(stream[-1])  # (B, N, C)
-        if self.first is not None:
-            z = h[:, :, None] + F.silu(self.first(h).unflatten(-1, (len(self.heads), -1)))
-            for linears in self.deeper:
-                outputs = [linear(z[:, :, i]) for i, linear in enumerate(linears)]
-                z = z + F.silu(torch.stack(outputs, dim=2))  # (B, N, H, C)
-            return torch.cat([h[:, :, None], z], dim=2)
-        layers = torch.stack([self.ln_f(x) for x in stream[1:]], dim=2) if self.mixes else None
-        outputs = [h]
+    def states(self, stream):
+        """What the heads read: GPT.residual_stream, n_layer + 1 tensors (B, N, C) -> (B, N, C), or
+        (B, N, n_layer, C) with weighted hidden states."""
+        if not self.mixes:
+            return self.ln_f(stream[-1])
+        return torch.stack([self.ln_f(x) for x in stream[1:]], dim=2)
+
+    def next_logits(self, h):
+        """Offset 1: h from `states` -> logits (B, N, V)."""
+        return self.unembedding(h[:, :, -1] if self.mixes else h)[..., :self.vocab_size]
+
+    def run(self, h, next_tokens, caches=None, slots=None, mask=None):
+        """h (B, n, ...) from `states`, next_tokens (B, n): those after them -> (B, n, H, C). The
+        rest is as in model.Block."""
+        if self.layers:
+            z, layers = h[:, :, None], self.layers  # (B, n, 1, C): all heads start from the same
+            if self.next_token:
+                fc, proj, *layers = layers
+                e = self.gpt.transformer.wte(next_tokens)
+                x = torch.cat([h, F.layer_norm(e, e.shape[-1:])], dim=-1)[:, :, None]
+                z = z + per_head(F.silu(per_head(x, *fc)), *proj)
+            for layer in layers:
+                z = z + F.silu(per_head(z, *layer))
+            return z  # (B, n, H, C)
+        e = self.gpt.transformer.wte(next_tokens) if self.next_token else None
+        outputs = []
         for i, head in enumerate(self.heads):
-            z = weighted_hidden_states(layers, self.mixes[i]) if self.mixes else h
-            outputs.append(head(z, caches[i], slots, mask))
+            z = weighted_hidden_states(h, self.mixes[i]) if self.mixes else h
+            z = self.next_token[i](z, e) if self.next_token else z
+            outputs.append(head(z, caches[i] if caches else None, slots, mask))
         return torch.stack(outputs, dim=2)
 
-    def logits(self, x):
-        """x (B, N, 1 + H, C) from hidden_states -> logits (B, N, 1 + H, V), offset 1 first. A
-        shared unembedding, the largest matrix of all, is read once for all of them."""
-        if len(self.unembeddings) == 1:
-            logits = self.unembeddings[0](x)
-        else:
-            logits = torch.stack([f(x[:, :, i]) for i, f in enumerate(self.unembeddings)], dim=2)
-        return logits[..., :self.config.vocab_size]
+    def logits(self, z):
+        """z (B, n, H, C) from `run` -> logits (B, n, H, V)."""
+        if not self.own:
+            return self.unembedding(z)[..., :self.vocab_size]
+        logits = torch.stack([f(z[:, :, i]) for i, f in enumerate(self.own)], dim=2)
+        return logits[..., :self.vocab_size]
+
+
+def stack(linears):
+    """H Linears of one shape -> weights (H, out, in), biases (H, out)."""
+    return (torch.stack([f.weight.detach() for f in linears]),
+            torch.stack([f.bias.detach() for f in linears]))
+
+
+def per_head(x, weight, bias):
+    """A Linear per head: x (B, n, H, in), or (B, n, 1, in) if all heads read the same; weight
+    (H, out, in), bias (H, out) -> (B, n, H, out)."""
+    if x.shape[2] == 1:
+        x = F.linear(x[:, :, 0], weight.flatten(0, 1)).unflatten(-1, weight.shape[:2])
+    else:
+        x = torch.einsum("bnhi,hoi->bnho", x, weight)
+    return x + bias
 
 
 def with_padding(linear):
-    """A Linear without bias, with zero rows where its device likes them (50,257 is odd); else
-    itself."""
+    """A Linear without bias: itself, or with zero rows where its device likes them."""
     missing = -linear.out_features % PADDING.get(linear.weight.device.type, 1)
     if not missing:
         return linear

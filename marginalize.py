@@ -306,7 +306,8 @@ def measure(model, windows, position, horizon, unigram, branches, method="beam",
         for d in range(1, horizon + 1):
             keep("unigram", d, rows, columns, unigram.expand(1, P, -1))
             if d in model.offsets[1:]:
-                logits = model.offset_logits(h, d)[:, position[w]]
+                after = windows[rows, 1:idx.shape[1] + 1]  # what conditional heads read
+                logits = model.offset_logits(h, d, after)[:, position[w]]
                 keep("own head", d, rows, columns, logits.softmax(-1))
     records = []
     for d, reader in itertools.product(range(1, horizon + 1), READERS):

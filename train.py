@@ -166,7 +166,7 @@ def make_model(args, corpus):
     """The model of a new run: from scratch, or from args.init with this run's dropout.
     Raises InputError, also if that model does not fit the corpus."""
     heads_config = HeadsConfig(args.offsets, args.head_kind, args.head_layers,
-                               args.own_unembedding, args.whs)
+                               args.own_unembedding, args.whs, args.conditional)
     if args.init is not None:
         model, state = start_from(args.init, heads_config)
         corpus_of(args.init, model, state, corpus.folder)
@@ -426,6 +426,7 @@ def parse_args(argv=None):
     add("head-layers", 1, "blocks per head")
     add("own-unembedding", False, "each head trains its own copy of the unembedding")
     add("whs", False, "weighted hidden states: each head reads a mean of all layers")
+    add("conditional", False, "each head also reads the next token, which a decoder knows")
     group = p.add_argument_group("recipe")
     add("backbone-lr", 1.0, "lr scale of the backbone; 0 freezes it")
     add("head-warmup", 0, "first steps, which train the heads alone")
@@ -505,6 +506,7 @@ def main(argv=None):
             path = Path(args.resume)
             model, state = load_checkpoint(path)
             require("args" in state, f"{path} holds a model but no run to resume")
+            state.get("args", {}).setdefault("conditional", False)  # older than this option
             missing = vars(parse_args([])).keys() - state["args"].keys()
             new = {k: v for k, v in vars(args).items() if k in ("device", "compile", "progress")}
             args = argparse.Namespace(**state["args"] | new)

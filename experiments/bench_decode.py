@@ -80,8 +80,9 @@ def read_bandwidth(device):
 def step_bytes(decoder, batch_size=1):
     """Bytes that one step must read: the weights it uses, each once, and the keys and values of
     half the context."""
-    heads = decoder.heads
-    used = [decoder.gpt.transformer.h, *heads.unembeddings, *heads.heads]
+    heads = decoder.heads  # they read the unembedding once more
+    used = [decoder.gpt.transformer.h, heads.unembedding, *heads.heads, *heads.next_token]
+    used += heads.own or [heads.unembedding] * bool(heads.heads)
     weights = sum(p.numel() for module in used for p in module.parameters())
     weights *= decoder.gpt.lm_head.weight.element_size()
     layer = decoder.state(batch_size)[0].caches[0].layers[0]

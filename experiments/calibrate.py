@@ -59,7 +59,8 @@ def draft_hits(model, windows, sources, ranks=1):
     for part in windows.split(4):  # logits are large: a few rows at a time
         h = model.hidden_states(part[:, :-1])
         for o in best:
-            best[o].append(model.offset_logits(h, o).topk(ranks).indices)
+            logits = model.offset_logits(h, o, next_tokens=part[:, 1:])
+            best[o].append(logits.topk(ranks).indices)
     best = {o: torch.cat(parts) for o, parts in best.items()}  # (B, T, ranks); [:, t] is for t + o
     hits = {}
     for o, b in sources:

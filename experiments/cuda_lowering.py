@@ -43,16 +43,19 @@ from model import GPT, GPTConfig, InputError
 
 TREES = {**{name: chain(draft_sources(offsets)) for name, offsets in METHODS.items()},
          "tree of 8": flat_tree(7), "tree of 64": flat_tree(63)}
-DEFAULT = dict(size="124M", tree="MTP", kind="resblock", whs=False, batch=1, dtype="bfloat16",
-               temperature=0.0, top_k=None, top_p=None, layers=None)  # layers: all of the size's
+DEFAULT = dict(size="124M", tree="MTP", kind="resblock", whs=False, conditional=False, batch=1,
+               dtype="bfloat16", temperature=0.0, top_k=None, top_p=None,
+               layers=None)  # all of the size's
 SAMPLED = dict(temperature=1.0, top_k=50, top_p=0.9)
 COUNTED = [dict(size=size, tree=tree) for size, tree in product(SIZES, METHODS)]
+COUNTED += [dict(tree=tree, conditional=True) for tree in ("MTP", "leap")]
 COMPILED = [dict(layers=2, **variant) for variant in [  # layers are alike, so two will do
     *(dict(tree=tree, **how) for tree in TREES for how in ({}, dict(temperature=1.0), SAMPLED)),
     *(dict(tree=tree, dtype="float32", **how) for tree in TREES for how in ({}, SAMPLED)),
     *(dict(tree=tree, batch=8, **how) for tree in TREES for how in ({}, SAMPLED)),
     *(dict(tree=tree, **heads, **how) for tree in ("MTP", "leap", "tree of 8")
-      for how in ({}, SAMPLED) for heads in (dict(kind="block"), dict(whs=True))),
+      for how in ({}, SAMPLED)
+      for heads in (dict(kind="block"), dict(whs=True), dict(conditional=True))),
     dict(size="toy", tree="leap", dtype="float32", temperature=1.0),
     dict(size="1.5B", tree="tree of 64", **SAMPLED)]]
 
@@ -116,7 +119,7 @@ class Lowered(Exception):
     """The step is compiled. What remains would run it."""
 
 
-def lower(size, tree, kind, whs, batch, dtype, layers, **sampling):
+def lower(size, tree, kind, whs, conditional, batch, dtype, layers, **sampling):
     """Compile one step for the H200. -> what `count` returns, and the seconds that it took.
     Raises what the compiler raises if it fails."""
     import torch._inductor.config as config
@@ -127,7 +130,8 @@ def lower(size, tree, kind, whs, batch, dtype, layers, **sampling):
     shape = SIZES[size] if layers is None else SIZES[size] | dict(n_layer=layers)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda:0"), torch.no_grad():
         torch.set_default_dtype(getattr(torch, dtype))  # fake parameters have no .to(dtype)
-        model = MultiTokenGPT(GPT(GPTConfig(**shape)), HeadsConfig(OFFSETS, kind, whs=whs)).eval()
+        heads = HeadsConfig(OFFSETS, kind, whs=whs, conditional=conditional)
+        model = MultiTokenGPT(GPT(GPTConfig(**shape)), heads).eval()
         torch.set_default_dtype(torch.float32)
         decoder = Decoder(model, tree=TREES[tree], max_length=256, **sampling)
         s, _ = decoder.state(batch)

@@ -23,8 +23,9 @@ def export_medusa(model, folder):
         raise InputError("Medusa's heads are offsets 2, 3, ... without a gap, not "
                          f"{model.offsets}: servers do not look back yet, so leap heads cannot be "
                          "exported")
-    if config.kind != "resblock" or config.whs:
+    if config.kind != "resblock" or config.whs or config.conditional:
         reason = "these read all layers" if config.whs else f"these are of kind {config.kind!r}"
+        reason = "these also read the next token" if config.conditional else reason
         raise InputError(f"Medusa's heads are residual blocks that read the last layer; {reason}")
     tensors = {}
     for i, o in enumerate(model.offsets[1:]):

@@ -30,9 +30,11 @@ def tiny_gpt(seed=0, **config):
 
 
 def tiny_model(offsets=(1, 2, 3, 4, 5, 7), kind="resblock", untrained=False, seed=0, n_layer=1,
-               own=False, gpt=None, whs=False, **config):
-    """tiny_gpt (or `gpt`) with heads: as they start (untrained), or moved at random, as by training."""
-    model = MultiTokenGPT(gpt or tiny_gpt(seed, **config), HeadsConfig(offsets, kind, n_layer, own, whs))
+               own=False, gpt=None, whs=False, conditional=False, **config):
+    """tiny_gpt (or `gpt`) with heads: as they start (untrained), or moved at random, as by
+    training."""
+    heads_config = HeadsConfig(offsets, kind, n_layer, own, whs, conditional)
+    model = MultiTokenGPT(gpt or tiny_gpt(seed, **config), heads_config)
     if not untrained:
         with torch.no_grad():
             for name, p in model.named_parameters():
@@ -61,7 +63,7 @@ def process(*arguments, **options):
 
 
 def assert_one_line_error(result, *words):
-    """The contract for bad input: status 2, one line on stderr that holds `words`, no traceback."""
+    """The contract for bad input: status 2, one line on stderr with `words`, no traceback."""
     assert result.returncode == 2, result.stderr
     assert len(result.stderr.strip().splitlines()) == 1, result.stderr
     for word in words:
@@ -79,7 +81,8 @@ def corpus(tmp_path_factory):
 
 
 TINY = ["--n-layer", 2, "--n-head", 2, "--n-embd", 32, "--block-size", 32, "--batch-size", 4,
-        "--warmup", 2, "--eval-windows", 4, "--device", "cpu", "--dtype", "float32", "--no-progress"]
+        "--warmup", 2, "--eval-windows", 4, "--device", "cpu", "--dtype", "float32",
+        "--no-progress"]
 
 
 @pytest.fixture(scope="session")

@@ -135,20 +135,22 @@ def expected_text(temperature):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_reference_emits_the_text_of_plain_decoding(method):
-    model = tiny_model()
+@pytest.mark.parametrize("conditional", [False, True])
+def test_the_reference_emits_the_text_of_plain_decoding(method, conditional):
+    model = tiny_model(conditional=conditional)
     for prompt, text in zip(PROMPTS, expected_text(0.0)):
         assert generate_reference(model, prompt, 30, method) == text
     counting = counting_model(METHODS[-1])
     calls = []
     counting.gpt.transformer.wte.register_forward_hook(lambda *_: calls.append(1))
     generate_reference(counting, [3, 4, 5], 1 + 2 * max(method), method)
-    assert len(calls) == 3  # it accepts drafts: the first pass has none, the others are full
+    assert len(calls) == 2 * 3  # verify and draft three times: an empty block, two full ones
 
 
-KINDS = [dict(), dict(own=True, n_layer=2), dict(kind="block"),
+KINDS = [dict(), dict(own=True, n_layer=2), dict(kind="block"), dict(conditional=True),
          dict(kind="block", own=True, whs=True), dict(whs=True, n_layer=2), dict(untrained=True),
-         dict(kind="block", n_layer=2, untrained=True)]
+         dict(kind="block", n_layer=2, untrained=True), dict(kind="block", conditional=True),
+         dict(conditional=True, whs=True, own=True, n_layer=2)]
 
 
 @pytest.mark.parametrize("name, kind", [

@@ -67,7 +67,8 @@ def test_held_out_acceptance_by_brute_force(method):
 
 
 @pytest.mark.parametrize("tree", [chain(draft_sources(LEAP)), BUSHY])
-@pytest.mark.parametrize("kind", [dict(), dict(kind="block", own=True, n_layer=2), dict(whs=True)])
+@pytest.mark.parametrize("kind", [dict(), dict(kind="block", own=True, n_layer=2), dict(whs=True),
+                                  dict(conditional=True)])
 def test_simulated_steps_are_those_of_decoding(tree, kind):
     model, first = tiny_model(**kind), max(node.look_back for node in tree)
     prompt = [1, 2, 3, 4, 5][:first + 2]  # the simulation starts at its root
@@ -290,7 +291,8 @@ def test_exported_heads_are_the_medusa_drafter_of_the_backbone(own, n_layer, tmp
 @pytest.mark.parametrize("options, words", [
     (dict(offsets=(1, 3, 5)), "look back"), (dict(offsets=(1,)), "without a gap"),
     (dict(offsets=(1, 2), kind="block"), "residual blocks"),
-    (dict(offsets=(1, 2), whs=True), "all layers")])
+    (dict(offsets=(1, 2), whs=True), "all layers"),
+    (dict(offsets=(1, 2), conditional=True), "next token")])
 def test_exporting_heads_that_no_medusa_server_can_run_raises_an_error(options, words, tmp_path):
     with pytest.raises(InputError, match=words):
         export_medusa(tiny_model(**options), tmp_path / "medusa")

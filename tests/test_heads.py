@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import heads
 from conftest import tiny_gpt, tiny_model
-from heads import (DraftHeads, HeadsConfig, MultiTokenGPT, draft_sources, joint_loss, leap_offsets,
-                   mtp_offsets, parse_offsets)
+from heads import (DraftHeads, HeadsConfig, MultiTokenGPT, draft_sources, joint_loss,
+                   leap_offsets, mtp_offsets, parse_offsets, predictions_and_targets)
 from model import InputError
 
 
@@ -65,13 +65,13 @@ def test_sources_cover_all_distances_with_the_nearest_offset_that_reaches(offset
 # Heads
 
 @pytest.mark.parametrize("kind", ["resblock", "block"])
-@pytest.mark.parametrize("own", [False, True])
-def test_an_untrained_head_repeats_the_next_token_prediction(kind, own):
-    model = tiny_model(kind=kind, own=own, untrained=True, n_layer=2)
+@pytest.mark.parametrize("own, conditional", [(False, False), (True, False), (True, True)])
+def test_an_untrained_head_repeats_the_next_token_prediction(kind, own, conditional):
+    model = tiny_model(kind=kind, own=own, conditional=conditional, untrained=True, n_layer=2)
     logits = model(torch.randint(0, 31, (2, 12)))
     assert list(logits) == [1, 2, 3, 4, 5, 7]
     for o in model.offsets:
-        torch.testing.assert_close(logits[o], logits[1])
+        torch.testing.assert_close(logits[o], logits[1][:, :logits[o].shape[1]])
 
 
 @pytest.mark.parametrize("kind", ["resblock", "block"])
@@ -141,12 +141,47 @@ def test_the_weighting_starts_with_half_on_the_last_layer_and_is_learned():
     assert not torch.equal(model.mixes["3"].grad, model.mixes["5"].grad)  # each head has its own
 
 
+# Conditional heads: the token after the position is known when a decoder drafts
+
+@pytest.mark.parametrize("kind", ["resblock", "block"])
+def test_a_conditional_head_reads_its_position_and_the_next_token_and_nothing_later(kind):
+    model, idx = tiny_model((1, 3), kind, conditional=True), torch.randint(0, 31, (1, 12))
+    logits = model(idx)
+    assert logits[1].shape == (1, 12, 31) and logits[3].shape == (1, 11, 31)
+    torch.testing.assert_close(logits[1], model.gpt(idx)[0])
+    changed = idx.clone()
+    changed[0, 7] = (changed[0, 7] + 1) % 31
+    moved = (model(changed)[3] - logits[3])[0].abs().amax(-1) > 1e-6
+    assert moved.tolist() == [t >= 6 for t in range(11)]  # position 6 reads token 7
+
+
+def test_a_conditional_head_learns_what_no_other_head_can():
+    # x_{t+2} = x_{t+1}, and x_{t+1} is random every second time: h_t says nothing about it.
+    torch.manual_seed(0)
+    losses = {}
+    for conditional in (False, True):
+        model = tiny_model((1, 2), untrained=True, conditional=conditional, vocab_size=8)
+        heads_only = [p for name, p in model.named_parameters() if not name.startswith("gpt.")]
+        optimizer = torch.optim.Adam(heads_only, lr=1e-2)
+        for _ in range(60):
+            idx = torch.randint(0, 8, (32, 9)).repeat_interleave(2, dim=1)[:, 1:]
+            optimizer.zero_grad()
+            h = model.hidden_states(idx[:, :-1]).detach()
+            logits, targets = predictions_and_targets(model, h, idx, 2)
+            even = logits.view(32, -1, 8)[:, ::2].flatten(0, 1)  # positions before a random token
+            loss = F.cross_entropy(even, targets.view(32, -1)[:, ::2].flatten())
+            loss.backward()
+            optimizer.step()
+        losses[conditional] = loss.item()
+    assert losses[True] < 0.3 and losses[False] > 1.9  # log 8 is 2.08
+
+
 # The joint loss
 
 def plain_losses(model, idx):
     """The definition: offset o compares the logits at t with the token at t + o."""
     return {o: F.cross_entropy(logits[:, :idx.shape[1] - o].flatten(0, 1), idx[:, o:].flatten())
-            for o, logits in model(idx[:, :-1]).items()}
+            for o, logits in model(idx).items()}
 
 
 def test_the_loss_of_offset_o_compares_position_t_with_token_t_plus_o():
@@ -160,7 +195,7 @@ def test_a_repeating_text_makes_the_shift_visible():
     # In 0 1 2 0 1 2 ..., predicting the same token again is always right at offset 3, and never at
     # offsets 1 and 2.
     model = tiny_model((1, 2, 3), untrained=True, vocab_size=3)
-    model.offset_logits = lambda h, o: F.one_hot(seen[:, :h.shape[1]], 3) * 100.0
+    model.offset_logits = lambda h, o, next_tokens: F.one_hot(seen[:, :h.shape[1]], 3) * 100.0
     idx = torch.arange(30).repeat(2, 1) % 3
     seen = idx[:, :-1]
     losses = joint_loss(model, idx)
@@ -168,9 +203,10 @@ def test_a_repeating_text_makes_the_shift_visible():
 
 
 @pytest.mark.parametrize("kind", ["resblock", "block"])
-@pytest.mark.parametrize("own, whs", [(False, False), (True, False), (False, True)])
-def test_head_by_head_backward_gives_the_gradients_of_the_plain_weighted_sum(kind, own, whs):
-    model = tiny_model(kind=kind, own=own, whs=whs).double()
+@pytest.mark.parametrize("options", [dict(), dict(own=True), dict(whs=True),
+                                     dict(conditional=True), dict(whs=True, conditional=True)])
+def test_head_by_head_backward_gives_the_gradients_of_the_plain_weighted_sum(kind, options):
+    model = tiny_model(kind=kind, **options).double()
     idx, weights = torch.randint(0, 31, (2, 24)), {2: 0.3, 5: 2.0}
     joint_loss(model, idx, weights, backward=True, scale=0.25)
     head_by_head = {name: p.grad for name, p in model.named_parameters()}
@@ -213,32 +249,37 @@ def test_peak_memory_holds_one_heads_logits_however_many_heads_there_are():
     assert peak_logits(8) == peak_logits(2) > 0
 
 
-# All heads on a block of tokens: what a decoder runs
+# The heads as a decoder runs them
 
 @pytest.mark.parametrize("options", [
     dict(), dict(n_layer=3, own=True), dict(kind="block", n_layer=2), dict(whs=True),
-    dict(kind="block", own=True, whs=True)])
+    dict(kind="block", own=True, whs=True), dict(conditional=True, n_layer=2),
+    dict(kind="block", conditional=True), dict(whs=True, own=True, conditional=True)])
 @pytest.mark.parametrize("offsets", [(1,), (1, 3), (1, 2, 3, 4, 5, 7)])
-def test_the_heads_run_on_a_block_as_one_by_one(options, offsets):
-    model, idx = tiny_model(**options), torch.randint(0, 31, (2, 12))
-    run = DraftHeads(model, offsets)
-    x = run.hidden_states(model.gpt.residual_stream(idx), [None] * len(offsets), None, None)
-    for i, o in enumerate(offsets):
-        torch.testing.assert_close(run.logits(x)[:, :, i], model(idx)[o])
+def test_the_heads_run_together_as_one_by_one(options, offsets):
+    model, idx = tiny_model(**options), torch.randint(0, 31, (2, 13))
+    run, expected = DraftHeads(model, offsets), model(idx)
+    h = run.states(model.gpt.residual_stream(idx[:, :-1]))
+    torch.testing.assert_close(run.next_logits(h), expected[1][:, :12])
+    if len(offsets) > 1:
+        logits = run.logits(run.run(h, idx[:, 1:]))
+        for i, o in enumerate(offsets[1:]):
+            torch.testing.assert_close(logits[:, :, i], expected[o][:, :12])
 
 
 def test_only_heads_that_attend_have_keys_and_values_to_keep():
     how = dict(n_embd=32, batch=2, slots=10)
-    for kind, layers in (("resblock", 0), ("block", 3)):
+    for kind, layers in (("resblock", []), ("block", [3, 3])):
         caches = DraftHeads(tiny_model(kind=kind, n_layer=3), (1, 2, 4)).caches(**how)
-        assert [len(cache.layers) for cache in caches] == [layers, layers]
+        assert [len(cache.layers) for cache in caches] == layers
 
 
 @pytest.mark.parametrize("own", [False, True])
 def test_a_padded_unembedding_has_no_tokens_that_do_not_exist(own, monkeypatch):
-    model, x = tiny_model(own=own), torch.randn(2, 3, 3, 32)
-    plain = DraftHeads(model, (1, 2, 4)).logits(x)
+    model, h, z = tiny_model(own=own), torch.randn(2, 3, 32), torch.randn(2, 3, 2, 32)
+    plain = DraftHeads(model, (1, 2, 4))
     monkeypatch.setitem(heads.PADDING, "cpu", 64)  # as on CUDA: 31 tokens, 64 rows
     padded = DraftHeads(model, (1, 2, 4))
-    assert padded.unembeddings[0].out_features == 64 and padded.logits(x).shape[-1] == 31
-    torch.testing.assert_close(padded.logits(x), plain)
+    assert padded.unembedding.out_features == 64 and padded.logits(z).shape[-1] == 31
+    torch.testing.assert_close(padded.logits(z), plain.logits(z))
+    torch.testing.assert_close(padded.next_logits(h), plain.next_logits(h))

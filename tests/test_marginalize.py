@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 
 from common import load_checkpoint, save_checkpoint
-from conftest import assert_one_line_error, command, process, tiny_gpt
+from conftest import assert_one_line_error, command, process, tiny_gpt, tiny_model
 from data.loader import Corpus
 from data.prepare import prepare
 from marginalize import (estimate, interval, look_ahead, marginalize, marginalize_reference,
@@ -279,6 +279,19 @@ def test_measure_asks_all_readers_the_same_questions(corpus, run_folder):
         if d > 1 and r["reader"] != "marginalisation":
             base = score(expected[d, "marginalisation"], target)[0] < 1
             assert r["top1_gain"] == interval((rank < 1).float() - base.float())
+
+
+@torch.no_grad()
+def test_a_conditional_head_is_asked_with_the_token_that_it_reads(corpus):
+    model = tiny_model((1, 3), conditional=True, vocab_size=257, block_size=32)
+    windows, position = questions(Corpus(corpus), 32, 3, 12, 2)
+    frequency = unigram(Corpus(corpus))
+    found = measure(model, windows, position, 3, frequency, branches=1, progress=False)
+    row = torch.arange(12)[:, None]
+    logits = model(windows[:, :32])[3][row, position]  # its head at t reads token t + 1
+    _, nats = score(logits.softmax(-1), windows[row, position + 3])
+    own = next(r for r in found if r["reader"] == "own head")
+    assert own["nats"] == pytest.approx(interval(nats), rel=1e-4)
 
 
 def greedy(gpt, text, n):
