@@ -320,11 +320,11 @@ class Decoder:
     def prefill(self, s, n):
         """Read the first n tokens of the prompts and draft the first block. Shorter prompts are
         padded on the right: what is cached there is overwritten before anything sees it."""
-        i = torch.arange(n, device=self.device)
-        start = torch.zeros_like(s.position)
+        start, i = torch.zeros_like(s.position), torch.arange(n, device=self.device)
         h = self.forward_block(s, s.tokens[:, :n], start, depth=i, visible=i[:, None] >= i)
         if self.t.H:
-            s.drafts.copy_(self.draft(s, h, start, self.newest(s).clamp(0, n - 1)))
+            newest = self.newest(s).clamp(0, n - 1)  # where there is none: a draft that is wrong
+            s.drafts.copy_(self.draft(s, h, start, i.expand(len(h), n), newest))
         self.write_block(s)
 
     def step(self, s):
@@ -335,10 +335,9 @@ class Decoder:
         n, path = accept(s.block, target, t)  # (B,), (B, D + 1)
         self.commit(s, target.gather(1, path), n, path)
         if t.H:
-            # The W newest tokens stand so far along the path; those before the root keep their
-            # drafts.
+            # The W newest tokens stand at i of the path. Those before the root keep their drafts.
             i = n[:, None] + 1 + torch.arange(-t.W, 0, device=self.device)  # (B, W)
-            new = self.draft(s, h, start, i.clamp(min=0), path)
+            new = self.draft(s, h, start, path, i.clamp(min=0))
             old = s.drafts[s.row, (i + t.W).clamp(max=t.W - 1)]  # (B, W, H, R)
             s.drafts.copy_(torch.where((i >= 0)[:, :, None, None], new, old))
         self.write_block(s)
@@ -370,22 +369,21 @@ class Decoder:
         root."""
         return s.position[:, None] + torch.arange(-self.t.W, 0, device=self.device)
 
-    def draft(self, s, h, start, index, path=None):
+    def draft(self, s, h, start, path, newest):
         """The best R tokens of every head at the W newest positions -> (B, W, H, R). h: as from
-        forward_block, at slots from `start` on, along a path (B, n) if given; index (B, W): where
-        in it the newest are."""
-        if self.heads.attend:  # the heads have to read all tokens
-            h = h if path is None else h[s.row, path]  # (B, n, ...)
-            i = torch.arange(h.shape[1], device=self.device)
-            slot = start[:, None] + i
+        forward_block; path (B, n): the tokens in it that count, from position `start` on; newest
+        (B, W): where on the path the newest are."""
+        if self.heads.attend:  # the heads read the whole path
+            i = torch.arange(path.shape[1], device=self.device)
+            slot = start[:, None] + i  # (B, n)
+            slots = (slot + self.slots * s.row).flatten()
             next_tokens = s.tokens.gather(1, slot + 1)
             mask = block_mask(start, i[:, None] >= i, self.slots, s.caches[0].layers[0].dtype)
-            slots = (slot + self.slots * s.row).flatten()
-            z = self.heads.run(h, next_tokens, s.caches[1:], slots, mask)[s.row, index]
+            z = self.heads.run(h[s.row, path], next_tokens, s.caches[1:], slots, mask)
+            z = z[s.row, newest]
         else:
-            index = index if path is None else path.gather(1, index)
             next_tokens = s.tokens.gather(1, self.newest(s).clamp(min=0) + 1)
-            z = self.heads.run(h[s.row, index], next_tokens)
+            z = self.heads.run(h[s.row, path.gather(1, newest)], next_tokens)  # (B, W, H, C)
         logits = self.heads.logits(z)  # (B, W, H, V)
         if self.coupled:
             position = self.newest(s)[:, :, None] + self.t.offsets  # (B, W, H) of the drafts
