@@ -2,11 +2,12 @@
 
     python experiments/conditional.py --out experiments/results/conditional.json
 
-A head that reads only the hidden state after x_1..x_t can do no better than the marginal
-p(x_{t+d} | x_<=t), which the model knows already (marginalize.py). But when a decoder drafts, it
-knows x_{t+1} as well, the bonus token. A head that also reads this token can get as far as the
-conditional p(x_{t+d} | x_<=t+1). That is the marginal at distance d - 1 from one position later:
-knowing one token more moves the ceiling by one distance.
+A head that reads only the hidden state after x_1..x_t has the marginal p(x_{t+d} | x_<=t) for a
+ceiling, which the model knows already (marginalize.py). But when a decoder drafts, it knows
+x_{t+1} as well, the bonus token. For a head that also reads this token, the ceiling is the
+conditional p(x_{t+d} | x_<=t+1): the marginal at distance d - 1 from one position later. So one
+token more moves the ceiling by one distance. (It is the ceiling of what the model knows: where the
+model has not learned all there is, heads of their own weights may pass it.)
 
 For every seed this trains a next-token model, both kinds of heads on it (frozen), and both kinds
 from scratch, all for as many steps. It measures the accuracy of the heads and of the ceilings on
