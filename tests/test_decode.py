@@ -162,6 +162,25 @@ def test_every_method_emits_the_text_of_plain_decoding(name, kind, temperature):
     assert decoder.generate(PROMPTS, 30).tokens == expected_text(temperature)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", [MTP, LEAP])
+def test_the_drafts_are_those_of_the_heads_when_they_read_the_whole_text(kind, method):
+    model, prompt = tiny_model(**kind), [5, 6, 7, 8, 9, 10, 11, 12]
+    g = Decoder(model, method).generate([prompt], 50)
+    text, nodes, root = prompt + g.tokens[0], [], len(prompt) - 1
+    logits = model(torch.tensor([text]))  # {offset: (1, T, V)}
+    while len(nodes) < 50:
+        n = 0  # of drafts that are right: at distance j from the token before the root
+        for j, (o, b) in draft_sources(method).items():
+            if text[root - 1 + j:] and logits[o][0, root - 1 - b].argmax() == text[root - 1 + j]:
+                n += 1
+            else:
+                break
+        nodes += [*range(1, n + 1), 0]
+        root += n + 1
+    assert nodes[:50] == g.nodes[0] and max(nodes) > 0
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_greedy_text_is_that_of_transformers_generate(method, tmp_path):
     transformers = pytest.importorskip("transformers")
