@@ -365,8 +365,7 @@ class Decoder:
         s.position.copy_(torch.minimum(s.position + n + 1, s.limit))  # a finished row stays
 
     def newest(self, s):
-        """The positions (B, W) of the W newest tokens that have been read, those before the
-        root."""
+        """The positions (B, W) of the newest tokens that have been read, before the root."""
         return s.position[:, None] + torch.arange(-self.t.W, 0, device=self.device)
 
     def draft(self, s, h, start, path, newest):
@@ -452,8 +451,7 @@ class Decoder:
 
 
 def statistics_of(nodes, tree):
-    """nodes (per text, the node of each token) -> steps, tokens per step, accepted
-    (Generation)."""
+    """nodes: per text, the node of each token -> steps, tokens per step, accepted."""
     depth = depths(tree)
     # A step ends with its bonus token, unless the text ends before it.
     steps = sum(row.count(0) + (row[-1] != 0) for row in nodes)
@@ -463,8 +461,7 @@ def statistics_of(nodes, tree):
 
 
 def ready(model, dtype=None):
-    """The model in eval mode and dtype (None: its own): itself if it is so already, else a
-    copy."""
+    """The model in eval mode and dtype (None: its own): itself, or a copy if it is not so."""
     weight = model.gpt.lm_head.weight
     if model.training or dtype not in (None, weight.dtype):
         model = copy.deepcopy(model).eval().to(dtype or weight.dtype)
@@ -587,8 +584,7 @@ def method_name(tree):
 
 
 def default_methods(offsets):
-    """NTP, four-token MTP and stride-2 leap as far as the offsets allow, and all offsets at
-    once."""
+    """NTP, four-token MTP and stride-2 leap as far as the offsets allow, and all offsets."""
     found = [(1,)]
     for stride in (1, 2):
         possible = [leap_offsets(n, stride) for n in (4, 3, 2)]
@@ -710,8 +706,7 @@ def load_tree(run, offsets):
 
 
 def find_methods(run, model, wanted=None):
-    """The trees of --methods: offsets or "tree", None for all that the run has. Raises
-    InputError."""
+    """The trees of --methods: offsets or "tree"; None: all that the run has."""
     offsets, tree = default_methods(model.offsets), None
     if wanted:
         offsets = [parse_offsets(name) for name in wanted if name != "tree"]
@@ -739,11 +734,11 @@ def report(model, state, args):
     print(f"{args.run}: {parameters / 1e6:.2f}M parameters, offsets {model.offsets}; "
           f"{len(prompts)} prompts, {n} new tokens each, batch {args.batch_size}, {args.dtype} on "
           f"{device}, {'compiled' if compile else 'eager'}, {torch.get_num_threads()} threads")
-    generated = []
+    generated, how = [], dict(top_k=args.top_k, top_p=args.top_p, seed=args.seed)
+    Decoder(model, temperature=args.temperature, **how)  # errors come before the work
     for temperature in sorted({0.0, args.temperature}):
         records = compare(model, methods, prompts, n, temperature, args.rounds, args.batch_size,
-                          getattr(torch, args.dtype), compile=compile, top_k=args.top_k,
-                          top_p=args.top_p, seed=args.seed)
+                          getattr(torch, args.dtype), compile=compile, **how)
         title = f"sampled text, temperature {temperature:g}" if temperature else "greedy text"
         print_table(title, records)
         if not all(r["identical"] for r in records):
@@ -762,8 +757,7 @@ SHADES = (157, 121, 86, 81, 75, 105, 141, 177)  # 256-colour codes, near to far
 
 
 def paint(text, node, tree):
-    """The text of a token for a terminal, coloured by the node that drafted it (0: a bonus
-    token)."""
+    """A token's text for a terminal, coloured by the node that drafted it (0: bonus token)."""
     if not node:
         return text
     style = f"38;5;16;48;5;{SHADES[min(depths(tree)[node], len(SHADES)) - 1]}"

@@ -47,20 +47,19 @@ def parse_offsets(text):
 
 
 def check_offsets(offsets, available=None):
-    """offsets as a tuple. Raises InputError unless they start with 1, increase and are
-    `available`."""
+    """offsets as a tuple; raises InputError unless they start with 1, increase, are available."""
     offsets = tuple(int(o) for o in offsets)
     increase = all(a < b for a, b in zip(offsets, offsets[1:]))
     require(offsets[:1] == (1,) and increase,
             f"offsets must start with 1 and increase, as in 1,3,5,7; not {offsets}")
     for o in offsets:
-        require(o in (available or offsets), f"the model has no head for offset {o}: {available}")
+        known = available or offsets
+        require(o in known, f"the model has no head for offset {o}, only for {known}")
     return offsets
 
 
 def draft_sources(offsets):
-    """Which head drafts which distance: {distance j: (offset o, look-back b)}, j =
-    2..max(offsets).
+    """Which head drafts which distance 2..max(offsets): {distance: (offset, look-back)}.
 
     Offset o, read from the hidden state b tokens ago, predicts distance j = o - b. Of the offsets
     that reach j, the nearest is taken, because accuracy falls with the offset. MTP never looks
@@ -78,8 +77,7 @@ def draft_sources(offsets):
 # Heads. Both kinds start as the identity: an untrained head predicts the next token, as the GPT.
 
 class ResBlockHead(nn.Module):
-    """n_layer residual blocks z <- z + silu(W z + b), W and b zero at first (Medusa's and
-    L-MTP's)."""
+    """n_layer residual blocks z <- z + silu(W z + b), zero at first (Medusa's, L-MTP's head)."""
 
     def __init__(self, gpt_config, n_layer):
         super().__init__()
@@ -109,8 +107,7 @@ class BlockHead(nn.Module):
                 nn.init.zeros_(p)
 
     def forward(self, z, cache=None, slots=None, mask=None):
-        """(B, T, C) -> (B, T, C); the rest is as in model.Block, with one cache layer per
-        block."""
+        """(B, T, C) -> (B, T, C). The rest is as in model.Block; one cache layer per block."""
         for i, block in enumerate(self.blocks):
             z = block(z, cache.layers[i] if cache else None, slots, mask)
         return z
@@ -163,8 +160,7 @@ class HeadsConfig:
 
 
 class MultiTokenGPT(nn.Module):
-    """A GPT and one head for each offset after the first. With offsets (1,) it is the GPT
-    alone."""
+    """A GPT and one head for each offset after the first; with offsets (1,) the GPT alone."""
 
     def __init__(self, gpt, heads_config):
         super().__init__()
