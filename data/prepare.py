@@ -101,6 +101,7 @@ def raw_bytes(name, local=None):
 
 
 def sha256_of(path):
+    """The SHA-256 of a file, in hexadecimal digits."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 

@@ -382,8 +382,9 @@ def flops(options):
     return count_flops(tuple(options))
 
 
-@lru_cache(maxsize=None)                                            # every seed asks again
+@lru_cache(maxsize=None)
 def count_flops(options):
+    """The same for a tuple, which can be kept: every seed asks again."""
     args = train.parse_args([*options, "--device", "cpu"])
     train.check_args(args)
     with torch.device("meta"):

@@ -443,7 +443,8 @@ CUDA = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reas
 
 
 @pytest.mark.parametrize("compile", [pytest.param(c, marks=CUDA) for c in (False, True)])
-@pytest.mark.parametrize("kind", [dict(), dict(kind="block"), dict(whs=True)])
+@pytest.mark.parametrize("kind", [dict(), dict(kind="block"), dict(whs=True),
+                                  dict(conditional=True), dict(kind="block", conditional=True)])
 def test_on_a_gpu_every_method_emits_the_text_that_the_cpu_emits(kind, compile):
     model = tiny_model(**kind, block_size=192)
     prompts = [*PROMPTS, [3] * 69]

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from conftest import assert_one_line_error, command, process, tiny_gpt
 from data.loader import Corpus
 from data.prepare import prepare
-from layers import Probe, draw, measure_layers, train_probes, truncation
+from experiments.layers import Probe, draw, measure_layers, train_probes, truncation
 from marginalize import estimate, interval, marginalize, questions
 
 
