@@ -14,7 +14,7 @@ before it. At temperature T the target is argmax(logits / T + noise), and the Gu
 fixed function of (seed, row, position, token): an exact sample of softmax(logits / T), however
 many tokens are verified at once. NTP is the same code with a block of one.
 
-Read on: the idea, picking tokens, trees of drafts, the decoder, compiling it, comparing methods.
+From the top: the idea, picking tokens, trees, the decoder, compiling it, comparing methods.
 """
 import codecs
 import copy
@@ -24,7 +24,7 @@ import os
 import statistics
 import sys
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -276,8 +276,9 @@ class Decoder:
         require(1 <= self.max_length <= config.block_size,
                 f"max_length must be in 1..{config.block_size}, not {max_length}")
         model = ready(model, dtype)
-        self.gpt, self.heads = model.gpt, DraftHeads(model, offsets_of(self.tree))
-        self.device, self.dtype = self.gpt.lm_head.weight.device, self.gpt.lm_head.weight.dtype
+        self.model, self.heads = model, DraftHeads(model, offsets_of(self.tree))
+        weight = model.gpt.lm_head.weight
+        self.device, self.dtype = weight.device, weight.dtype
         self.temperature, self.top_k, self.top_p = float(temperature), top_k, top_p
         self.seed, self.coupled, self.compile = int(seed) & 0xFFFFFFFF, coupled, compile
         self.t = t = tree_tables(self.tree, self.device)
@@ -306,26 +307,12 @@ class Decoder:
             self.states[B] = s, step
         return self.states[B]
 
-    def forward_block(self, s, tokens, start, depth, visible):
-        """Run tokens (B, n) through the GPT. Token i stands at position start + depth[i] and in
-        slot start + i, and sees all before `start` and visible[i] of the block. -> what the heads
-        read (B, n, ...)"""
-        slot = start[:, None] + torch.arange(tokens.shape[1], device=self.device)
-        slots = (slot + self.slots * s.row).flatten()  # (B * n,)
-        mask = block_mask(start, visible, self.slots, s.caches[0].layers[0].dtype)
-        position = (start[:, None] + depth).clamp(max=self.config.block_size - 1)
-        stream = self.gpt.residual_stream(tokens, position, s.caches[0], slots, mask)
-        return self.heads.states(stream)
-
     def prefill(self, s, n):
         """Read the first n tokens of the prompts and draft the first block. Shorter prompts are
         padded on the right: what is cached there is overwritten before anything sees it."""
         start, i = torch.zeros_like(s.position), torch.arange(n, device=self.device)
-        h = self.forward_block(s, s.tokens[:, :n], start, depth=i, visible=i[:, None] >= i)
-        if self.t.H:
-            newest = self.newest(s).clamp(0, n - 1)  # where there is none: a draft that is wrong
-            s.drafts.copy_(self.draft(s, h, start, i.expand(len(h), n), newest))
-        self.write_block(s)
+        h = self.forward_block(s, s.tokens[:, :n], start, i, visible=i[:, None] >= i)
+        self.draft(s, h, start, path=i.expand(len(h), n))
 
     def step(self, s):
         """One step of all rows. Nothing in it waits for the host, and all shapes are fixed."""
@@ -334,13 +321,22 @@ class Decoder:
         target = self.verify(s, self.heads.next_logits(h))  # (B, N)
         n, path = accept(s.block, target, t)  # (B,), (B, D + 1)
         self.commit(s, target.gather(1, path), n, path)
-        if t.H:
-            # The W newest tokens stand at i of the path. Those before the root keep their drafts.
-            i = n[:, None] + 1 + torch.arange(-t.W, 0, device=self.device)  # (B, W)
-            new = self.draft(s, h, start, path, i.clamp(min=0))
-            old = s.drafts[s.row, (i + t.W).clamp(max=t.W - 1)]  # (B, W, H, R)
-            s.drafts.copy_(torch.where((i >= 0)[:, :, None, None], new, old))
-        self.write_block(s)
+        self.draft(s, h, start, path)
+
+    def forward_block(self, s, tokens, start, depth, visible):
+        """Run tokens (B, n) through the GPT. Token i stands at position start + depth[i] and sees
+        all before `start` and visible[i] of the block. -> what the heads read (B, n, ...)"""
+        slots, mask = self.slots_and_mask(s, start, visible)
+        position = (start[:, None] + depth).clamp(max=self.config.block_size - 1)
+        return self.model.read(
+            self.model.gpt.residual_stream(tokens, position, s.caches[0], slots, mask))
+
+    def slots_and_mask(self, s, start, visible):
+        """Where n tokens from position `start` (B,) on are cached, slots (B * n,), and what they
+        see there, a mask (B, 1, n, S); visible (n, n) as in block_mask."""
+        slot = start[:, None] + torch.arange(len(visible), device=self.device)
+        mask = block_mask(start, visible, self.slots, s.caches[0].layers[0].dtype)
+        return (slot + self.slots * s.row).flatten(), mask
 
     def verify(self, s, logits):
         """The target after each token of the block: logits (B, N, V) -> (B, N)."""
@@ -364,30 +360,27 @@ class Decoder:
                 layer.index_copy_(0, (start + i).flatten(), layer[(start + path).flatten()])
         s.position.copy_(torch.minimum(s.position + n + 1, s.limit))  # a finished row stays
 
-    def newest(self, s):
-        """The positions (B, W) of the newest tokens that have been read, before the root."""
-        return s.position[:, None] + torch.arange(-self.t.W, 0, device=self.device)
-
-    def draft(self, s, h, start, path, newest):
-        """The best R tokens of every head at the W newest positions -> (B, W, H, R). h: as from
-        forward_block; path (B, n): the tokens in it that count, from position `start` on; newest
-        (B, W): where on the path the newest are."""
-        if self.heads.attend:  # the heads read the whole path
+    def draft(self, s, h, start, path):
+        """Draft the next block. h: as from forward_block; path (B, n): the tokens in it that
+        count, from position `start` (B,) on."""
+        t = self.t
+        if t.H:
             i = torch.arange(path.shape[1], device=self.device)
-            slot = start[:, None] + i  # (B, n)
-            slots = (slot + self.slots * s.row).flatten()
-            next_tokens = s.tokens.gather(1, slot + 1)
-            mask = block_mask(start, i[:, None] >= i, self.slots, s.caches[0].layers[0].dtype)
+            slots, mask = self.slots_and_mask(s, start, visible=i[:, None] >= i)
+            next_tokens = s.tokens.gather(1, start[:, None] + i + 1)  # (B, n)
             z = self.heads.run(h[s.row, path], next_tokens, s.caches[1:], slots, mask)
-            z = z[s.row, newest]
-        else:
-            next_tokens = s.tokens.gather(1, self.newest(s).clamp(min=0) + 1)
-            z = self.heads.run(h[s.row, path.gather(1, newest)], next_tokens)  # (B, W, H, C)
-        logits = self.heads.logits(z)  # (B, W, H, V)
-        if self.coupled:
-            position = self.newest(s)[:, :, None] + self.t.offsets  # (B, W, H) of the drafts
-            logits = self.scores(logits, s.noise_row[:, :, None], position)
-        return argmax(logits)[..., None] if self.t.R == 1 else logits.topk(self.t.R).indices
+            # Only the W newest tokens draft, those before the root. They stand at i on the path.
+            newest = s.position[:, None] + torch.arange(-t.W, 0, device=self.device)  # (B, W)
+            i = newest - start[:, None]
+            logits = self.heads.logits(z[s.row, i.clamp(min=0)])  # (B, W, H, V)
+            if self.coupled:
+                position = newest[:, :, None] + t.offsets  # (B, W, H) of the drafts
+                logits = self.scores(logits, s.noise_row[:, :, None], position)
+            new = argmax(logits)[..., None] if t.R == 1 else logits.topk(t.R).indices
+            old = s.drafts[s.row, (i + t.W).clamp(max=t.W - 1)]  # tokens before the path keep them
+            s.drafts.copy_(torch.where((i >= 0)[:, :, None, None], new, old))
+        root = s.tokens.gather(1, s.position[:, None])
+        s.block.copy_(torch.cat([root, s.drafts.flatten(1)[:, t.source]], dim=1))
 
     def scores(self, logits, row, position):
         """What the token at `position` of text `row` is the argmax of: logits (..., V) -> (...,
@@ -400,11 +393,6 @@ class Decoder:
             return logits
         logits = filter_logits(logits.float() / self.temperature, self.top_k, self.top_p)
         return logits + gumbel_noise(self.seed, row, position, logits.shape[-1])
-
-    def write_block(self, s):
-        """The next block: the root, and each node's token among the drafts."""
-        root = s.tokens.gather(1, s.position[:, None])
-        s.block.copy_(torch.cat([root, s.drafts.flatten(1)[:, self.t.source]], dim=1))
 
     @torch.no_grad()
     def generate(self, prompts, max_new_tokens, stop_token=None, first_row=0, on_step=None,
@@ -430,6 +418,7 @@ class Decoder:
             s.position.copy_(torch.tensor([len(p) - 1 for p in prompts], device=self.device))
             s.limit.copy_(s.position + max_new_tokens)
             s.follow = None
+            s.drafts.zero_()
             if follow is not None:
                 texts = [p + [int(t) for t in f] for p, f in zip(prompts, follow)]
                 s.follow, step = padded(texts), partial(self.step, s)
@@ -511,7 +500,7 @@ def compile_step(decoder, s):
     if decoder.device.type == "cuda":
         options["realize_reads_threshold"] = 1  # compute the mask once, not anew in each layer
     program = torch.compile(step, fullgraph=True, dynamic=False, options=options)
-    with packed_weights(decoder.gpt):
+    with packed_weights(decoder.model.gpt):
         program(decoder, s)  # `s` is reset before it is used
     step = partial(program, decoder, s)
     return step if decoder.device.type != "cuda" else captured(step, decoder.device)
@@ -558,12 +547,14 @@ def exact_kernels(device):
     """On CUDA, choose kernels that compute a block nearly as a single token: 16-bit products
     summed in float32, and not cuDNN's attention, which fails under some masks (PyTorch issues
     193893, 196678)."""
+    if device.type != "cuda":
+        yield
+        return
     matmul = torch.backends.cuda.matmul
     allowed = matmul.allow_bf16_reduced_precision_reduction
+    matmul.allow_bf16_reduced_precision_reduction = False
     try:
-        if device.type == "cuda":
-            matmul.allow_bf16_reduced_precision_reduction = False
-        with sdpa_kernel(ATTENTION) if device.type == "cuda" else nullcontext():
+        with sdpa_kernel(ATTENTION):
             yield
     finally:
         matmul.allow_bf16_reduced_precision_reduction = allowed

@@ -9,15 +9,17 @@ The one idea is *offsets*. From the hidden state after x_1..x_t, offset o predic
 Offset 1 is always the GPT's own unembedding; each further offset gets a head. Adding heads to a
 frozen GPT therefore never changes its next-token prediction.
 
-Read on: offsets and draft sources, the heads, the model that holds them, the joint loss, and the
-heads on a block of tokens, which is how a decoder runs them.
+From the top: offsets and draft sources, the heads, the model that holds them, the joint loss, the
+heads as a decoder runs them.
 """
+import copy
 import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.func import functional_call
 
 from model import Block, InputError, KVCache, require
 
@@ -74,46 +76,50 @@ def draft_sources(offsets):
 
 
 # ----------------------------------------------------------------------------------------------
-# Heads. Both kinds start as the identity: an untrained head predicts the next token, as the GPT.
+# Heads
 
-class ResBlockHead(nn.Module):
-    """n_layer residual blocks z <- z + silu(W z + b), zero at first (Medusa's, L-MTP's head)."""
+@dataclass
+class HeadsConfig:
+    """Which heads a model has."""
+    offsets: tuple = (1, 2, 3, 4)
+    kind: str = "resblock"         # "resblock" or "block": what a head's layers are
+    n_layer: int = 1               # residual blocks or transformer layers per head
+    own_unembedding: bool = False  # each head trains a copy of the unembedding
+    whs: bool = False              # weighted hidden states: each head reads all layers
+    conditional: bool = False      # each head also reads the token after its position
 
-    def __init__(self, gpt_config, n_layer):
-        super().__init__()
-        C = gpt_config.n_embd
-        self.blocks = nn.ModuleList([nn.Linear(C, C) for _ in range(n_layer)])
-        for p in self.parameters():
-            nn.init.zeros_(p)
+    def __post_init__(self):
+        self.offsets = check_offsets(self.offsets)
+        require(self.kind in LAYERS, f"unknown kind of head {self.kind!r}: {', '.join(LAYERS)}")
+        require(self.n_layer > 0, f"a head needs at least one layer, not {self.n_layer}")
+
+
+class ResBlock(nn.Linear):
+    """z + silu(W z + b), zero at first (the head of Medusa and L-MTP)."""
+
+    def __init__(self, gpt_config):
+        super().__init__(gpt_config.n_embd, gpt_config.n_embd)
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
 
     def forward(self, z, cache=None, slots=None, mask=None):
         """(..., C) -> (..., C). Each position on its own, so the cache is not needed."""
-        for linear in self.blocks:
-            z = z + F.silu(linear(z))
-        return z
+        return z + F.silu(super().forward(z))
 
 
-class BlockHead(nn.Module):
-    """n_layer transformer layers of the GPT's own shape (Gloeckle's and Mehra's head). They
-    attend to the past, so in decoding they have a KV cache of their own."""
-
-    def __init__(self, gpt_config, n_layer):
-        super().__init__()
-        self.blocks = nn.ModuleList([Block(gpt_config) for _ in range(n_layer)])
-        for name, p in self.named_parameters():
-            if p.dim() == 2:
-                nn.init.normal_(p, std=0.02)
-            if "c_proj" in name or name.endswith("bias"):  # c_proj = 0: adds nothing yet
-                nn.init.zeros_(p)
-
-    def forward(self, z, cache=None, slots=None, mask=None):
-        """(B, T, C) -> (B, T, C). The rest is as in model.Block; one cache layer per block."""
-        for i, block in enumerate(self.blocks):
-            z = block(z, cache.layers[i] if cache else None, slots, mask)
-        return z
+def transformer_block(gpt_config):
+    """A layer of the GPT's own shape (the head of Gloeckle et al. and Mehra et al.) that adds
+    nothing at first. It attends to the past, so in decoding it has a KV cache of its own."""
+    block = Block(gpt_config)
+    for name, p in block.named_parameters():
+        if p.dim() == 2:
+            nn.init.normal_(p, std=0.02)
+        if "c_proj" in name or name.endswith("bias"):
+            nn.init.zeros_(p)
+    return block
 
 
-KINDS = {"resblock": ResBlockHead, "block": BlockHead}
+LAYERS = {"resblock": ResBlock, "block": transformer_block}
 
 
 class NextToken(nn.Module):
@@ -143,20 +149,34 @@ def weighted_hidden_states(states, mix):
     return torch.einsum("...lc,l->...c", states, mix.softmax(0).to(states.dtype))
 
 
-@dataclass
-class HeadsConfig:
-    """Which heads a model has."""
-    offsets: tuple = (1, 2, 3, 4)
-    kind: str = "resblock"            # "resblock" or "block"
-    n_layer: int = 1                  # residual blocks or transformer layers per head
-    own_unembedding: bool = False     # each head trains a copy of the unembedding
-    whs: bool = False                 # weighted hidden states: each head reads all layers
-    conditional: bool = False         # each head also reads the token after its position
+class Head(nn.Module):
+    """From the hidden states after x_1..x_t to those whose unembedding predicts x_{t+o}. At first
+    it changes nothing: an untrained head predicts the next token, as the GPT does."""
 
-    def __post_init__(self):
-        self.offsets = check_offsets(self.offsets)
-        require(self.kind in KINDS, f"unknown kind of head {self.kind!r}: {', '.join(KINDS)}")
-        require(self.n_layer > 0, f"a head needs at least one layer, not {self.n_layer}")
+    def __init__(self, gpt, config):
+        super().__init__()
+        self.mix = self.next_token = self.unembedding = None
+        if config.whs:
+            L = gpt.config.n_layer
+            start = torch.zeros(L)  # half of the weight for the last layer
+            start[-1] = math.log(max(1, L - 1))
+            self.mix = nn.Parameter(start)
+        if config.conditional:
+            self.next_token = NextToken(gpt.config)
+        self.blocks = nn.ModuleList([LAYERS[config.kind](gpt.config)
+                                     for _ in range(config.n_layer)])
+        if config.own_unembedding:
+            self.unembedding = copy.deepcopy(gpt.lm_head)
+
+    def forward(self, h, e=None, cache=None, slots=None, mask=None):
+        """h (B, T, C), or with weighted hidden states (B, T, L, C) -> (B, T, C). e (B, T, C): the
+        embeddings of the next tokens, if conditional. The rest is as in model.Block."""
+        z = h if self.mix is None else weighted_hidden_states(h, self.mix)
+        if self.next_token is not None:
+            z = self.next_token(z, e)
+        for i, block in enumerate(self.blocks):
+            z = block(z, cache.layers[i] if cache else None, slots, mask)
+        return z
 
 
 class MultiTokenGPT(nn.Module):
@@ -165,56 +185,49 @@ class MultiTokenGPT(nn.Module):
     def __init__(self, gpt, heads_config):
         super().__init__()
         self.gpt, self.heads_config, self.offsets = gpt, heads_config, heads_config.offsets
-        config, names = gpt.config, [str(o) for o in self.offsets[1:]]
-        require(self.offsets[-1] <= config.block_size, f"offset {self.offsets[-1]} is beyond the "
-                f"model's context of {config.block_size}")
-        head = KINDS[heads_config.kind]
-        self.heads = nn.ModuleDict({o: head(config, heads_config.n_layer) for o in names})
-        self.unembeddings = nn.ModuleDict()  # empty: all heads use gpt.lm_head
-        if heads_config.own_unembedding:
-            for o in names:
-                self.unembeddings[o] = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-                self.unembeddings[o].weight = nn.Parameter(gpt.lm_head.weight.detach().clone())
-        self.next_token = nn.ModuleDict()  # empty: no head reads x_{t+1}
-        if heads_config.conditional:
-            self.next_token = nn.ModuleDict({o: NextToken(config) for o in names})
-        self.mixes = nn.ParameterDict()  # empty: all read the last layer
-        if heads_config.whs:
-            start = torch.zeros(config.n_layer)  # half for the last layer
-            start[-1] = math.log(max(1, config.n_layer - 1))
-            for o in names:
-                self.mixes[o] = nn.Parameter(start.clone())
+        require(self.offsets[-1] <= gpt.config.block_size, f"offset {self.offsets[-1]} is beyond "
+                f"the model's context of {gpt.config.block_size}")
+        self.heads = nn.ModuleDict({str(o): Head(gpt, heads_config) for o in self.offsets[1:]})
+
+    def read(self, stream):
+        """What the heads read: GPT.residual_stream, n_layer + 1 tensors (B, T, C) -> (B, T, C), or
+        (B, T, n_layer, C) with weighted hidden states, of which the last layer's are the GPT's."""
+        ln_f = self.gpt.transformer.ln_f
+        if not self.heads_config.whs:
+            return ln_f(stream[-1])
+        return torch.stack([ln_f(x) for x in stream[1:]], dim=2)
 
     def hidden_states(self, idx):
-        """What the heads read: (B, T) int64 -> (B, T, C), or with weighted hidden states
-        (B, T, n_layer, C), of which the last layer's are those of the GPT."""
-        if not self.mixes:
-            return self.gpt.hidden_states(idx)
-        stream = self.gpt.residual_stream(idx)[1:]
-        return torch.stack([self.gpt.transformer.ln_f(x) for x in stream], dim=2)
+        """What the heads read of a text (B, T) int64."""
+        return self.read(self.gpt.residual_stream(idx))
+
+    def last_layer(self, h):
+        """h from `read` -> the GPT's hidden states (B, T, C), which offset 1 unembeds."""
+        return h[:, :, -1] if self.heads_config.whs else h
+
+    def embed_next(self, next_tokens):
+        """What conditional heads read of the next tokens (B, T); None for other heads."""
+        return self.gpt.transformer.wte(next_tokens) if self.heads_config.conditional else None
 
     def offset_logits(self, h, offset, next_tokens=None):
-        """h from hidden_states -> logits (B, T, V) of an offset; [:, t] predicts token t +
-        offset. next_tokens (B, T): [:, t] is token t + 1, which conditional heads read."""
+        """h from `read` -> logits (B, T, V) of an offset; [:, t] predicts token t + offset.
+        next_tokens (B, T): [:, t] is token t + 1, which conditional heads read."""
         if offset == 1:
-            return self.gpt.lm_head(h[:, :, -1] if self.mixes else h)
-        o = str(offset)
-        if self.mixes:
-            h = weighted_hidden_states(h, self.mixes[o])
-        if self.next_token:
-            h = self.next_token[o](h, self.gpt.transformer.wte(next_tokens))
-        unembed = self.unembeddings[o] if self.unembeddings else self.gpt.lm_head
-        return unembed(self.heads[o](h))
+            return self.gpt.lm_head(self.last_layer(h))
+        head = self.heads[str(offset)]
+        z = head(h, self.embed_next(next_tokens))
+        return (head.unembedding or self.gpt.lm_head)(z)
 
     def layer_weights(self):
         """{offset: the weight of each layer in what its head reads}; empty without WHS."""
-        return {int(o): mix.detach().float().softmax(0).tolist() for o, mix in self.mixes.items()}
+        return {int(o): head.mix.detach().float().softmax(0).tolist()
+                for o, head in self.heads.items() if head.mix is not None}
 
     def forward(self, idx):
         """(B, T) int64 -> {offset: logits (B, T, V)}, of conditional heads (B, T - 1, V)."""
         h, logits = self.hidden_states(idx), {}
         for o in self.offsets:
-            n = idx.shape[1] - (o > 1 and len(self.next_token) > 0)
+            n = idx.shape[1] - (o > 1 and self.heads_config.conditional)
             logits[o] = self.offset_logits(h[:, :n], o, idx[:, 1:])
         return logits
 
@@ -260,95 +273,56 @@ def joint_loss(model, idx, weights=None, backward=False, scale=1.0):
 
 
 # ----------------------------------------------------------------------------------------------
-# All heads on a block of tokens
+# The heads as a decoder runs them: all on the same tokens
 
 PADDING = {"cuda": 64}  # its kernels like a multiple of this many rows of an unembedding
 
 
 class DraftHeads:
-    """The heads of some offsets as a decoder runs them: together, and only where they draft.
-
-    A decoder sees no more of the heads than this: what they read (`states`), what they make of
-    it (`run`), and their `logits`. Linears of residual heads are stacked and run as one, and on
-    CUDA an unembedding gets zero rows up to a multiple of 64: else the weights are the model's.
-    """
+    """The heads of some offsets, and offset 1, for decoding. What is run together is copied: the
+    weights of heads that do not attend, and, on CUDA, the unembedding, to pad it."""
 
     def __init__(self, model, offsets):
-        self.gpt, self.ln_f = model.gpt, model.gpt.transformer.ln_f
-        self.vocab_size = model.gpt.config.vocab_size
-        names = [str(o) for o in offsets if o > 1]
-        self.heads = [model.heads[o] for o in names]
-        self.mixes = [model.mixes[o] for o in names] if model.mixes else []
-        self.unembedding = with_padding(model.gpt.lm_head)
-        own = [model.unembeddings[o] for o in names] if model.unembeddings else []
-        self.own = [with_padding(linear) for linear in own]
-        self.next_token = [model.next_token[o] for o in names] if model.next_token else []
-        self.attend = bool(self.heads) and isinstance(self.heads[0], BlockHead)
-        self.layers = []
-        if self.heads and not (self.attend or self.mixes):
-            layers = list(zip(*(head.blocks for head in self.heads)))  # each H Linears
-            if self.next_token:
-                layers = [*zip(*((f.fc, f.proj) for f in self.next_token)), *layers]
-            self.layers = [stack(linears) for linears in layers]
+        self.model, self.vocab_size = model, model.gpt.config.vocab_size
+        self.heads = [model.heads[str(o)] for o in offsets if o > 1]
+        self.unembed = with_padding(model.gpt.lm_head)
+        self.own = [with_padding(h.unembedding) for h in self.heads if h.unembedding is not None]
+        self.attend = model.heads_config.kind == "block"
+        self.stacked = stack(self.heads) if self.heads and not self.attend else {}
 
     def caches(self, **how):
-        """A KVCache per head that attends (how: as in KVCache)."""
+        """A KVCache for each head that attends (how: as in KVCache)."""
         return [KVCache(len(head.blocks), **how) for head in self.heads if self.attend]
 
-    def states(self, stream):
-        """What the heads read: GPT.residual_stream, n_layer + 1 tensors (B, N, C) -> (B, N, C), or
-        (B, N, n_layer, C) with weighted hidden states."""
-        if not self.mixes:
-            return self.ln_f(stream[-1])
-        return torch.stack([self.ln_f(x) for x in stream[1:]], dim=2)
+    def run(self, h, next_tokens, caches=(), slots=None, mask=None):
+        """h (B, n, ...) as from MultiTokenGPT.read, next_tokens (B, n): those after them -> (B, n,
+        H, C). The rest is as in model.Block."""
+        e = self.model.embed_next(next_tokens)
+        if self.attend:
+            outputs = [head(h, e, cache, slots, mask) for head, cache in zip(self.heads, caches)]
+            return torch.stack(outputs, dim=2)
+
+        def run_one(parameters):
+            return functional_call(self.heads[0], parameters, (h, e))
+        return torch.vmap(run_one, out_dims=2)(self.stacked)
 
     def next_logits(self, h):
-        """Offset 1: h from `states` -> logits (B, N, V)."""
-        return self.unembedding(h[:, :, -1] if self.mixes else h)[..., :self.vocab_size]
-
-    def run(self, h, next_tokens, caches=None, slots=None, mask=None):
-        """h (B, n, ...) from `states`, next_tokens (B, n): those after them -> (B, n, H, C). The
-        rest is as in model.Block."""
-        if self.layers:
-            z, layers = h[:, :, None], self.layers  # (B, n, 1, C): all heads start from the same
-            if self.next_token:
-                fc, proj, *layers = layers
-                e = self.gpt.transformer.wte(next_tokens)
-                x = torch.cat([h, F.layer_norm(e, e.shape[-1:])], dim=-1)[:, :, None]
-                z = z + per_head(F.silu(per_head(x, *fc)), *proj)
-            for layer in layers:
-                z = z + F.silu(per_head(z, *layer))
-            return z  # (B, n, H, C)
-        e = self.gpt.transformer.wte(next_tokens) if self.next_token else None
-        outputs = []
-        for i, head in enumerate(self.heads):
-            z = weighted_hidden_states(h, self.mixes[i]) if self.mixes else h
-            z = self.next_token[i](z, e) if self.next_token else z
-            outputs.append(head(z, caches[i] if caches else None, slots, mask))
-        return torch.stack(outputs, dim=2)
+        """Offset 1: h as from MultiTokenGPT.read -> logits (B, n, V)."""
+        return self.unembed(self.model.last_layer(h))[..., :self.vocab_size]
 
     def logits(self, z):
         """z (B, n, H, C) from `run` -> logits (B, n, H, V)."""
         if not self.own:
-            return self.unembedding(z)[..., :self.vocab_size]
+            return self.unembed(z)[..., :self.vocab_size]
         logits = torch.stack([f(z[:, :, i]) for i, f in enumerate(self.own)], dim=2)
         return logits[..., :self.vocab_size]
 
 
-def stack(linears):
-    """H Linears of one shape -> weights (H, out, in), biases (H, out)."""
-    return (torch.stack([f.weight.detach() for f in linears]),
-            torch.stack([f.bias.detach() for f in linears]))
-
-
-def per_head(x, weight, bias):
-    """A Linear per head: x (B, n, H, in), or (B, n, 1, in) if all heads read the same; weight
-    (H, out, in), bias (H, out) -> (B, n, H, out)."""
-    if x.shape[2] == 1:
-        x = F.linear(x[:, :, 0], weight.flatten(0, 1)).unflatten(-1, weight.shape[:2])
-    else:
-        x = torch.einsum("bnhi,hoi->bnho", x, weight)
-    return x + bias
+def stack(heads):
+    """The parameters of heads, without their unembeddings: {name: of all heads (H, ...)}."""
+    parameters = [dict(head.named_parameters()) for head in heads]
+    return {name: torch.stack([p[name].detach() for p in parameters])
+            for name in parameters[0] if "unembedding" not in name}
 
 
 def with_padding(linear):

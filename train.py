@@ -128,7 +128,7 @@ def make_optimizers(model, name, lr, weight_decay):
     groups = {}  # {(kind, part): parameters}
     for key, p in model.named_parameters():
         part = "backbone" if key.startswith("gpt.") else "heads"
-        inner = ".h." in key or key.startswith("heads.")
+        inner = ".h." in key or ".blocks." in key
         kind = "vector" if p.dim() < 2 else "hidden" if inner and name == "muon" else "matrix"
         groups.setdefault((kind, part), []).append(p)
     adamw, muon = [], []
@@ -223,7 +223,7 @@ def mfu(model, tokens_per_second, device):
     if not peak or not model.gpt.lm_head.weight.requires_grad:
         return None
     c, n = model.gpt.config, sum(p.numel() for p in model.parameters())
-    if not model.unembeddings:  # each head multiplies by the shared one
+    if not model.heads_config.own_unembedding:  # each head multiplies by the shared one
         n += len(model.heads) * c.vocab_size * c.n_embd
     return tokens_per_second * (6 * n + 12 * c.n_layer * c.n_embd * c.block_size) / peak
 

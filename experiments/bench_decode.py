@@ -80,11 +80,11 @@ def read_bandwidth(device):
 def step_bytes(decoder, batch_size=1):
     """Bytes that one step must read: the weights it uses, each once, and the keys and values of
     half the context."""
-    heads = decoder.heads  # they read the unembedding once more
-    used = [decoder.gpt.transformer.h, heads.unembedding, *heads.heads, *heads.next_token]
-    used += heads.own or [heads.unembedding] * bool(heads.heads)
+    heads, unembed = decoder.heads, decoder.model.gpt.lm_head
+    used = [decoder.model.gpt.transformer.h, unembed, *heads.heads]
+    used += [unembed] * bool(heads.heads and not heads.own)  # once more, for the drafts
     weights = sum(p.numel() for module in used for p in module.parameters())
-    weights *= decoder.gpt.lm_head.weight.element_size()
+    weights *= unembed.weight.element_size()
     layer = decoder.state(batch_size)[0].caches[0].layers[0]
     token = decoder.config.n_layer * layer.shape[-1] * layer.element_size()
     return weights + batch_size * decoder.max_length // 2 * token

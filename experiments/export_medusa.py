@@ -33,7 +33,7 @@ def export_medusa(model, folder):
             tensors[f"blocks.{i}.layers.{j}.weight"] = linear.weight
             tensors[f"blocks.{i}.layers.{j}.bias"] = linear.bias
         if config.own_unembedding or i == 0:
-            unembed = model.unembeddings[str(o)] if config.own_unembedding else gpt.lm_head
+            unembed = model.heads[str(o)].unembedding or gpt.lm_head
             tensors[f"lm_heads.{i}.weight"] = unembed.weight
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     write_pretrained(folder, tensors, dict(

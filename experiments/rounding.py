@@ -30,7 +30,7 @@ def check_rounding(decoder, prompts, texts):
     the eight best tokens, between the scores of a pass in the decoder's dtype and exact ones.
     largest_gap is the largest difference that a near-tie needed."""
     exact_dtype = torch.float64 if decoder.dtype == torch.float32 else torch.float32
-    exact = copy.deepcopy(decoder.gpt).to(exact_dtype)
+    exact = copy.deepcopy(decoder.model.gpt).to(exact_dtype)
     counts = dict(argmax=0, near_tie=0, neither=0, margin=0.0, largest_gap=0.0)
     for i, (prompt, new) in enumerate(zip(prompts, texts)):
         text = torch.tensor([[*prompt, *new]], device=decoder.device)
@@ -41,7 +41,7 @@ def check_rounding(decoder, prompts, texts):
             logits = gpt(text[:, :-1])[0][:, len(prompt) - 1:].float()
             return decoder.scores(logits, row, position)[0]
         with exact_kernels(decoder.device):
-            scores, rounded = scores_of(exact), scores_of(decoder.gpt)
+            scores, rounded = scores_of(exact), scores_of(decoder.model.gpt)
         best = scores.topk(min(8, scores.shape[-1])).indices
         margin = 2 * (scores - rounded).gather(1, best).abs().max()
         gap = scores.amax(-1) - scores.gather(1, text[0, len(prompt):, None])[:, 0]

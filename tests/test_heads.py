@@ -98,7 +98,7 @@ def test_offsets_one_alone_is_the_plain_gpt():
 
 def test_an_unembedding_of_a_heads_own_starts_as_a_copy():
     model = tiny_model((1, 2), own=True, untrained=True)
-    copy = model.unembeddings["2"].weight
+    copy = model.heads["2"].unembedding.weight
     assert torch.equal(copy, model.gpt.lm_head.weight) and copy is not model.gpt.lm_head.weight
 
 
@@ -114,9 +114,9 @@ def test_an_impossible_configuration_of_heads_raises_an_error(bad):
 def test_all_weight_on_the_last_layer_is_no_weighting_at_all(kind):
     plain, weighted = (tiny_model((1, 2, 4), kind, whs=whs, untrained=True, n_layer=2)
                        for whs in (False, True))
-    weighted.heads.load_state_dict(plain.heads.state_dict())
-    for mix in weighted.mixes.values():
-        mix.data = torch.tensor([-1e4, 0.0])
+    weighted.heads.load_state_dict(plain.heads.state_dict(), strict=False)
+    for head in weighted.heads.values():
+        head.mix.data = torch.tensor([-1e4, 0.0])
     idx = torch.randint(0, 31, (2, 12))
     for o, logits in plain(idx).items():
         torch.testing.assert_close(weighted(idx)[o], logits)
@@ -127,7 +127,7 @@ def test_a_head_reads_the_weighted_sum_of_all_normalised_layers():
     layers = [model.gpt.transformer.ln_f(x) for x in model.gpt.residual_stream(idx)[1:]]
     weights = model.layer_weights()[3]
     assert len(weights) == len(layers) == 2 and sum(weights) == pytest.approx(1)
-    z = model.heads["3"](sum(weight * x for weight, x in zip(weights, layers)))
+    z = model.heads["3"].blocks[0](sum(weight * x for weight, x in zip(weights, layers)))
     torch.testing.assert_close(model(idx)[3], model.gpt.lm_head(z))
     torch.testing.assert_close(model(idx)[1], model.gpt(idx)[0])  # offset 1 is the GPT, as ever
 
@@ -137,8 +137,8 @@ def test_the_weighting_starts_with_half_on_the_last_layer_and_is_learned():
     start = pytest.approx([1 / 6, 1 / 6, 1 / 6, 1 / 2])
     assert model.layer_weights() == {3: start, 5: start}
     joint_loss(model, torch.randint(0, 31, (2, 24)), backward=True)
-    assert model.mixes["3"].grad.abs().min() > 0
-    assert not torch.equal(model.mixes["3"].grad, model.mixes["5"].grad)  # each head has its own
+    of_3, of_5 = (model.heads[o].mix.grad for o in ("3", "5"))
+    assert of_3.abs().min() > 0 and not torch.equal(of_3, of_5)  # each head has its own
 
 
 # Conditional heads: the token after the position is known when a decoder drafts
@@ -259,10 +259,11 @@ def test_peak_memory_holds_one_heads_logits_however_many_heads_there_are():
 def test_the_heads_run_together_as_one_by_one(options, offsets):
     model, idx = tiny_model(**options), torch.randint(0, 31, (2, 13))
     run, expected = DraftHeads(model, offsets), model(idx)
-    h = run.states(model.gpt.residual_stream(idx[:, :-1]))
+    h = model.hidden_states(idx[:, :-1])
     torch.testing.assert_close(run.next_logits(h), expected[1][:, :12])
     if len(offsets) > 1:
-        logits = run.logits(run.run(h, idx[:, 1:]))
+        caches = [None] * len(offsets[1:])
+        logits = run.logits(run.run(h, idx[:, 1:], caches))
         for i, o in enumerate(offsets[1:]):
             torch.testing.assert_close(logits[:, :, i], expected[o][:, :12])
 
@@ -280,6 +281,6 @@ def test_a_padded_unembedding_has_no_tokens_that_do_not_exist(own, monkeypatch):
     plain = DraftHeads(model, (1, 2, 4))
     monkeypatch.setitem(heads.PADDING, "cpu", 64)  # as on CUDA: 31 tokens, 64 rows
     padded = DraftHeads(model, (1, 2, 4))
-    assert padded.unembedding.out_features == 64 and padded.logits(z).shape[-1] == 31
+    assert padded.unembed.out_features == 64 and padded.logits(z).shape[-1] == 31
     torch.testing.assert_close(padded.logits(z), plain.logits(z))
     torch.testing.assert_close(padded.next_logits(h), plain.next_logits(h))

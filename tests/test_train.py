@@ -626,7 +626,7 @@ def test_conditional_heads_are_trained_by_the_same_loop(corpus, tmp_path):
     assert result.returncode == 0, result.stderr
     model, _ = load_checkpoint(tmp_path)
     assert model.heads_config == HeadsConfig((1, 3), conditional=True)
-    assert model.next_token["3"].proj.weight.abs().max() > 0  # it has learned
+    assert model.heads["3"].next_token.proj.weight.abs().max() > 0  # it has learned
     assert records(tmp_path, "loss")[-1]["loss"]["3"] < records(tmp_path, "loss")[0]["loss"]["3"]
 
 
