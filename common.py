@@ -1,5 +1,4 @@
-"""What every command line here needs: devices, progress, result files, one-line errors,
-checkpoints, corpora.
+"""What every command line here needs: devices, one-line errors, progress, files, checkpoints.
 
 Nothing here is about multi-token prediction. Look up what you need.
 """
@@ -20,11 +19,10 @@ from tqdm import tqdm
 from data.loader import Corpus
 from data.prepare import CorpusError, get_tokenizer
 from heads import HeadsConfig, MultiTokenGPT
-from model import GPT, GPT2_NAMES, GPTConfig, InputError, load_tensors
+from model import GPT, GPT2_NAMES, GPTConfig, InputError, load_tensors, require
 
-
-class Diverged(Exception):
-    """The loss or the weights became NaN or infinite."""
+RANK = int(os.environ.get("RANK", 0))  # torchrun sets these in each of its processes
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
 
 def pick_device(name):
@@ -66,8 +64,8 @@ class Parser(argparse.ArgumentParser):
 @contextmanager
 def one_line_errors(script, memory):
     """Run the body of a command line. What a user can mend becomes one line on stderr and status
-    2; `memory` names what to lower when memory runs out. A diverged run exits with status 1, a
-    stopped one with 130. Bugs keep their traceback."""
+    2; `memory` names what to lower when memory runs out. Numbers that are not finite end it with
+    status 1, Ctrl-C with 130. Bugs keep their traceback."""
     say = print_rank_0
     try:
         return (yield)
@@ -79,7 +77,7 @@ def one_line_errors(script, memory):
             raise
         message, status = f"{script}: error: not enough memory; lower {memory}", 2
         say = print  # any rank may find this
-    except Diverged as error:
+    except FloatingPointError as error:
         message, status = f"{script}: {error}", 1
     except KeyboardInterrupt as error:
         message, status = str(error) or "stopped", 130
@@ -89,7 +87,7 @@ def one_line_errors(script, memory):
 
 def print_rank_0(*what, **how):
     """print, in the first process of torchrun only."""
-    if os.environ.get("RANK", "0") == "0":
+    if RANK == 0:
         print(*what, **how)
 
 
@@ -97,62 +95,65 @@ class Progress(tqdm):
     """tqdm's bar on a terminal; elsewhere, as in a log, a line every `every` seconds."""
     every = 10.0
 
-    def __init__(self, iterable=None, show=True, **how):
+    def __init__(self, iterable=None, show=True, leave=False, **how):
         self.terminal, self.shown = sys.stderr.isatty(), time.monotonic()
-        how["desc"] = f"{how['desc']}: " if "desc" in how else ""
         if not self.terminal:  # tqdm's own writing goes nowhere
-            how.update(file=io.StringIO(), miniters=1, bar_format="{desc}{n_fmt}/{total_fmt} "
-                       "{unit}s, {elapsed} gone, {remaining} to go, {rate_fmt}{postfix}")
-        super().__init__(iterable, **dict(leave=False, dynamic_ncols=True, disable=not show) | how)
+            how |= dict(file=io.StringIO(), bar_format="{l_bar} {n_fmt}/{total_fmt} {unit}s, "
+                        "{elapsed} gone, {remaining} to go, {rate_fmt}{postfix}")
+        show = show and RANK == 0
+        super().__init__(iterable, leave=leave, dynamic_ncols=True, disable=not show, **how)
 
     def display(self, msg=None, pos=None):
         """Called by tqdm whenever there is something new to show."""
         if self.terminal:
-            return super().display(msg, pos)
-        if time.monotonic() - self.shown >= self.every:
+            super().display(msg, pos)
+        elif time.monotonic() - self.shown >= self.every:
             self.shown = time.monotonic()
             print(self, file=sys.stderr, flush=True)
-        return True
 
 
 def check_output(option, path):
     """Raise InputError if the file that an option names cannot be written."""
-    if path and Path(path).is_dir():
-        raise InputError(f"--{option} {path} is a folder; name a file")
-    if path and not os.access(Path(path).parent, os.W_OK):
-        raise InputError(f"--{option} {path}: the folder is missing or cannot be written to")
+    if path:
+        require(not Path(path).is_dir(), f"--{option} {path} is a folder; name a file")
+        require(os.access(Path(path).parent, os.W_OK),
+                f"--{option} {path}: the folder is missing or cannot be written to")
 
 
-def write_whole(path, text):
-    """Write a text file so that it is either whole or absent."""
+# ----------------------------------------------------------------------------------------------
+# Files: results, checkpoints, and the corpus that belongs to a checkpoint
+
+@contextmanager
+def whole_file(path):
+    """A binary file to write, which at every moment is either the old one or the whole new one:
+    a file beside it, flushed to the disk, then renamed."""
     part = Path(f"{path}.part")
     try:
-        part.write_text(text)
+        with open(part, "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
 
 
-# ----------------------------------------------------------------------------------------------
-# Checkpoints, and the corpus that belongs to one
+def write_whole(path, text):
+    """Write a text file that is never half-written."""
+    with whole_file(path) as f:
+        f.write(text.encode())
+
 
 def save_checkpoint(path, model, **state):
-    """Write the model and `state` (step, optimizers, ...) to a file that is whole at every
-    moment: into a file beside it, flushed to the disk, then renamed. Raises OSError; the old
+    """Write the model and `state` (step, optimizers, ...) to a file. Raises OSError; the old
     checkpoint then stays."""
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
     state |= dict(model=model.state_dict(), gpt_config=asdict(model.gpt.config),
                   heads_config=asdict(model.heads_config))
     try:
-        with open(part, "wb") as f:
+        with whole_file(path) as f:
             torch.save(state, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch's zip writer: RuntimeError
-        part.unlink(missing_ok=True)
-        kept = "; the previous one is kept" if path.exists() else ""
+        kept = "; the previous one is kept" if Path(path).exists() else ""
         reason = str(error).splitlines()[0]
         raise OSError(f"cannot save a checkpoint to {path}{kept}: {reason}") from None
 
@@ -163,8 +164,7 @@ def load_checkpoint(path):
     Never runs code from the file. Raises InputError if it is missing, damaged or foreign."""
     path = Path(path)
     path = path / "checkpoint.pt" if path.is_dir() else path
-    if not path.is_file():
-        raise InputError(f"no checkpoint at {path}; make one: python train.py --out RUN")
+    require(path.is_file(), f"no checkpoint at {path}; make one: python train.py --out RUN")
     state = load_tensors(path, "a checkpoint of train.py")
     try:
         gpt = GPT(GPTConfig(**state["gpt_config"]))
@@ -190,8 +190,7 @@ def tokenizer_of(path, model, state):
     """The tokenizer of a model from load_model. Raises InputError if nothing says which it is."""
     by_size = {257: "bytes", 50257: "gpt2"}
     name = state.get("tokenizer") or by_size.get(model.gpt.config.vocab_size)
-    if name is None:
-        raise InputError(f"{path} does not say which tokenizer it was trained with")
+    require(name, f"{path} does not say which tokenizer it was trained with")
     return get_tokenizer(name)
 
 
@@ -199,22 +198,10 @@ def corpus_of(path, model, state, data=None):
     """The corpus `data`, or else the one that the model from load_model(path) was trained on.
     Raises InputError and CorpusError, also if it has another tokenizer."""
     data = data or state.get("args", {}).get("data")
-    if not data:
-        raise InputError(f"{path} does not say what it was trained on; name a corpus with --data")
+    require(data, f"{path} does not say what it was trained on; name a corpus with --data")
     corpus, size = Corpus(data), model.gpt.config.vocab_size
     found, wanted = corpus.meta["tokenizer"], state.get("tokenizer", "")
-    if found != (wanted or found) or corpus.vocab_size != size:
-        raise InputError(f"{corpus.folder} has {corpus.vocab_size} {found} tokens, {path} knows "
-                         f"{size} {wanted} tokens; prepare the corpus with another --tokenizer")
+    require(wanted in ("", found) and corpus.vocab_size == size,
+            f"{corpus.folder} has {corpus.vocab_size} {found} tokens, {path} knows {size} "
+            f"{wanted} tokens; prepare the corpus with another --tokenizer")
     return corpus
-
-
-def import_pyplot():
-    """matplotlib.pyplot. Raises InputError if matplotlib, an optional package, is missing."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise InputError("figures need matplotlib: pip install -e '.[experiments]'") from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot
-    return matplotlib.pyplot

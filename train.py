@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
 
-from common import (Diverged, Parser, Progress, corpus_of, load_checkpoint, load_model,
+from common import (RANK, WORLD_SIZE, Parser, Progress, corpus_of, load_checkpoint, load_model,
                     one_line_errors, pick_device, print_rank_0, save_checkpoint, write_whole)
 from data.loader import Corpus
 from data.prepare import OWN_TEXT
@@ -57,9 +57,6 @@ def recipe(args, offsets, step):
         weights[o] = args.head_weight * ramp * args.offset_weights.get(o, 1.0)
     weights[1] = 1.0 if lr_scale else 0.0  # it trains the backbone only
     return weights, lr_scale
-
-
-CURRICULA = ("none", "forward", "reverse")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -149,7 +146,7 @@ def lr_factor(step, steps, warmup, final):
 
 
 # ----------------------------------------------------------------------------------------------
-# The model at the start, validation, precision, speed
+# The model at the start, validation, precision
 
 def start_from(path, heads_config):
     """A model with the backbone of `path` (see load_model), and with its heads if they are of the
@@ -212,38 +209,16 @@ def bfloat16(device):
         flags.allow_fp16_bf16_reduction_math_sdp(allowed)
 
 
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "4090": 165e12}  # dense bfloat16
-
-
-def mfu(model, tokens_per_second, device):
-    """Model FLOPs utilization: 6N + 12LCT FLOPs per token (PaLM, appendix B) over the GPU's peak.
-    None on other devices, and for a frozen backbone, which needs fewer."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    peak = next((PEAK_FLOPS[gpu] for gpu in PEAK_FLOPS if gpu in name), None)
-    if not peak or not model.gpt.lm_head.weight.requires_grad:
-        return None
-    c, n = model.gpt.config, sum(p.numel() for p in model.parameters())
-    if not model.heads_config.own_unembedding:  # each head multiplies by the shared one
-        n += len(model.heads) * c.vocab_size * c.n_embd
-    return tokens_per_second * (6 * n + 12 * c.n_layer * c.n_embd * c.block_size) / peak
-
-
 # ----------------------------------------------------------------------------------------------
 # The loop. Under torchrun each process takes a part of every batch, then all average their
 # gradients. DistributedDataParallel cannot: joint_loss runs backward once per head.
 
-def rank_and_world_size():
-    """(0, 1) without torchrun."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
 def all_reduce_mean(tensors):
     """Replace tensors (of one dtype and device) by their means over all processes."""
-    world_size = rank_and_world_size()[1]
-    if world_size > 1:
+    if WORLD_SIZE > 1:
         flat = parameters_to_vector(tensors)
         dist.all_reduce(flat)
-        vector_to_parameters(flat.div_(world_size), tensors)
+        vector_to_parameters(flat / WORLD_SIZE, tensors)
 
 
 def compute_gradients(model, optimizers, corpus, step, args, autocast):
@@ -256,12 +231,11 @@ def compute_gradients(model, optimizers, corpus, step, args, autocast):
         for group in optimizer.param_groups:
             group["lr"] = lr * lr_scale if group["part"] == "backbone" else lr
         optimizer.zero_grad()
-    rank, world_size = rank_and_world_size()
     losses = {o: 0.0 for o in model.offsets if weights[o]}
     length = model.gpt.config.block_size + 1
     for i in range(step * args.accumulate, (step + 1) * args.accumulate):
         idx = corpus.batch("train", args.batch_size, length, i, args.seed)
-        idx = idx[rank::world_size].to(args.device, non_blocking=True)  # (B, T + 1)
+        idx = idx[RANK::WORLD_SIZE].to(args.device, non_blocking=True)  # (B, T + 1)
         with autocast():
             part = joint_loss(model, idx, weights, backward=True, scale=1 / args.accumulate)
         losses = {o: losses[o] + part[o] / args.accumulate for o in part}
@@ -270,27 +244,55 @@ def compute_gradients(model, optimizers, corpus, step, args, autocast):
     return losses, clip_grad_norm_(model.parameters(), args.clip)
 
 
+def log(args, **record):
+    """Append a line to metrics.jsonl."""
+    if RANK == 0:
+        with open(Path(args.out) / "metrics.jsonl", "a") as f:
+            f.write(json.dumps(record) + "\n")
+
+
 def trim_metrics(path, step):
-    """Drop the lines after `step`, whose steps will be done again, and lines that a crash cut."""
-    kept = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            kept += [line + "\n"] if json.loads(line)["step"] <= step else []
-        except ValueError:
-            pass
-    write_whole(path, "".join(kept))
+    """Drop the lines after `step`, whose steps will be done again, and one that a crash cut."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    whole = [line for line in lines if line.endswith("\n")]
+    write_whole(path, "".join(line for line in whole if json.loads(line)["step"] <= step))
+
+
+def validate(args, model, windows, autocast, step, ntp_before=None):
+    """Log and print how good all offsets are. -> the loss of offset 1"""
+    loss, accuracy = evaluate(model, windows, args.batch_size, autocast)
+    layer_weights = model.layer_weights()
+    log(args, step=step, val_loss=loss, val_accuracy=accuracy, layer_weights=layer_weights)
+    shown = "  ".join(f"{o}: {loss[o]:.3f} {accuracy[o]:.0%}" for o in model.offsets)
+    if args.init is not None and step:
+        shown += f"; NTP lost {loss[1] - ntp_before:+.4f} nats against {args.init}"
+    for o, weights in layer_weights.items():
+        shown += f"\n  layers of offset {o}: " + " ".join(f"{w:.0%}" for w in weights)
+    print_rank_0(f"step {step}, held-out nats and accuracy by offset: {shown}")
+    return loss[1]
+
+
+@contextmanager
+def signals_received():
+    """A list of the Ctrl-Cs and SIGTERMs so far, to be obeyed between two steps."""
+    received, numbers = [], (signal.SIGINT, signal.SIGTERM)
+    before = {n: signal.signal(n, lambda n, _: received.append(n)) for n in numbers}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def train(args, model=None, state=None):
     """Run `args` (see check_args) to the last step, from a checkpoint's (model, state) if given.
 
-    Returns the model. Raises InputError and CorpusError for bad input, Diverged if something is
-    not finite, OSError if saving fails, KeyboardInterrupt after Ctrl-C, once it has saved.
+    Returns the model. Raises InputError and CorpusError for bad input, FloatingPointError if a
+    number is not finite, OSError if saving fails, KeyboardInterrupt after Ctrl-C, once saved.
     """
-    device, out = torch.device(args.device), Path(args.out)
-    corpus, (rank, world_size) = Corpus(args.data), rank_and_world_size()
-    require(args.batch_size % world_size == 0,
-            f"--batch-size must be a multiple of the {world_size} processes")
+    device, out, corpus = torch.device(args.device), Path(args.out), Corpus(args.data)
+    require(args.batch_size % WORLD_SIZE == 0,
+            f"--batch-size must be a multiple of the {WORLD_SIZE} processes")
     torch.manual_seed(args.seed)
     model = (model or make_model(args, corpus)).to(device).train()
     T = model.gpt.config.block_size
@@ -298,28 +300,23 @@ def train(args, model=None, state=None):
     corpus.batch("train", 1, T + 1, step=0)  # too small a corpus fails now
     optimizers = make_optimizers(model, args.optimizer, args.lr, args.weight_decay)
     autocast = (lambda: bfloat16(device)) if args.dtype == "bfloat16" else nullcontext
-    first, ntp_before = 0, None  # offset 1's loss before this run
+    first = 0
     if state:
         require(state["corpus"] == corpus.meta["train_sha256"],
                 f"{corpus.folder} is not the corpus that this run was started on")
-        first, ntp_before = state["step"], state["ntp_before"]
+        first = state["step"]
         for optimizer, saved in zip(optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
         torch.set_rng_state(state["rng"])
         if state["cuda_rng"] is not None and device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_rng"], device)
-    if rank:  # every rank drops out other units
-        torch.manual_seed(args.seed + 1_000_003 * (first * world_size + rank))
+    if RANK:  # every rank drops out other units
+        torch.manual_seed(args.seed + 1_000_003 * (first * WORLD_SIZE + RANK))
     for block in model.gpt.transformer.h if args.compile else []:
         block.compile()  # one program for all layers
 
-    def log(**record):
-        if rank == 0:
-            with open(out / "metrics.jsonl", "a") as f:
-                f.write(json.dumps(record) + "\n")
-
     def save(step):
-        if rank == 0:
+        if RANK == 0:
             save_checkpoint(
                 out / "checkpoint.pt", model, step=step, args=vars(args), ntp_before=ntp_before,
                 corpus=corpus.meta["train_sha256"], tokenizer=corpus.meta["tokenizer"],
@@ -327,77 +324,53 @@ def train(args, model=None, state=None):
                 cuda_rng=torch.cuda.get_rng_state(device) if device.type == "cuda" else None)
 
     out.mkdir(parents=True, exist_ok=True)
-    if rank == 0:
+    if RANK == 0:
         trim_metrics(out / "metrics.jsonl", first if state else -1)
-    if not state:
-        if args.init is not None:
-            loss, accuracy = evaluate(model, windows, args.batch_size, autocast)
-            log(step=0, val_loss=loss, val_accuracy=accuracy)
-            ntp_before = loss[1]
-        if args.whs:
-            log(step=0, layer_weights=model.layer_weights())
-        save(0)  # from here on the run can be resumed
     size = sum(p.numel() for p in model.parameters()) / 1e6
     print_rank_0(f"{size:.2f}M parameters, offsets {model.offsets}, on {device}, {args.dtype}, "
-                 f"{world_size} process(es); run folder {out}")
+                 f"{WORLD_SIZE} process(es); run folder {out}")
     if corpus.meta.get("source", "").startswith(OWN_TEXT):
         print_rank_0(f"the validation text, as the training text, is {corpus.meta['source']}")
+    if state:
+        ntp_before = state["ntp_before"]  # offset 1's loss before this run
+    else:
+        ntp_before = validate(args, model, windows, autocast, 0)
+        save(0)  # from here on the run can be resumed
 
-    signals = []  # obeyed between two steps
-    handlers = {s: signal.signal(s, lambda number, _: signals.append(number))
-                for s in (signal.SIGINT, signal.SIGTERM)}
-    bar = Progress(range(first, args.steps), args.progress and rank == 0, initial=first,
-                   total=args.steps, desc="train", unit="step", leave=True)
+    bar = Progress(range(first, args.steps), args.progress, initial=first, total=args.steps,
+                   desc="train", unit="step", leave=True)
     since, seen = time.perf_counter(), first
-    try:
+    with signals_received() as signals, bar:
         for step in bar:
             losses, norm = compute_gradients(model, optimizers, corpus, step, args, autocast)
             for optimizer in optimizers:
                 optimizer.step()
             done = step + 1
-            validate = done == args.steps or done % args.eval_every == 0
-            report = validate or done % args.log_every == 0
-            stop = bool(signals) and world_size == 1
-            if report and world_size > 1:  # one rank's signal stops all
-                received = torch.tensor(float(len(signals)), device=device)
-                all_reduce_mean([received])
-                stop = received.item() > 0
-            if not (report or stop):
+            milestone = done == args.steps or done % args.eval_every == 0
+            stopped = bool(signals) and WORLD_SIZE == 1
+            if not (milestone or stopped or done % args.log_every == 0):
                 continue  # without waiting for the device
-            losses = {o: loss.item() for o, loss in losses.items()}
-            weights = model.parameters() if validate or stop else []
-            if not (math.isfinite(norm + sum(losses.values())) and
-                    all(p.isfinite().all() for p in weights)):
-                raise Diverged(f"losses or weights are not finite at step {done}; lower --lr or "
-                               f"raise --warmup. {out} keeps a checkpoint of an earlier step")
-            now = time.perf_counter()
-            speed = args.batch_size * args.accumulate * T * (done - seen) / (now - since)
-            since, seen = now, done
-            log(step=done, loss={o: round(loss, 4) for o, loss in losses.items()},
-                grad_norm=round(norm.item(), 4),
-                lr=args.lr * lr_factor(step, args.steps, args.warmup, args.final_lr),
-                tokens_per_second=round(speed), mfu=mfu(model, speed / world_size, device))
-            bar.set_postfix({str(o): loss for o, loss in losses.items()}, tokens_s=round(speed))
-            if validate:
-                loss, accuracy = evaluate(model, windows, args.batch_size, autocast)
-                layer_weights = model.layer_weights()
-                log(step=done, val_loss=loss, val_accuracy=accuracy, layer_weights=layer_weights)
-                shown = "  ".join(f"{o}: {loss[o]:.3f} {accuracy[o]:.0%}" for o in model.offsets)
-                if args.init is not None:
-                    shown += f"; NTP lost {loss[1] - ntp_before:+.4f} nats against {args.init}"
-                for o, weights in layer_weights.items():
-                    shown += f"\n  layers of offset {o}: " + " ".join(f"{w:.0%}" for w in weights)
+            stop = torch.tensor(float(len(signals)), device=device)
+            all_reduce_mean([stop])  # one rank's signal stops all
+            if not all(t.isfinite().all() for t in (norm, *losses.values(), *model.parameters())):
+                raise FloatingPointError(
+                    f"losses or weights are not finite at step {done}; lower --lr or raise "
+                    f"--warmup. {out} keeps a checkpoint of an earlier step")
+            losses = {str(o): round(loss.item(), 4) for o, loss in losses.items()}
+            speed = args.batch_size * args.accumulate * T * (done - seen) / (
+                time.perf_counter() - since)
+            lr = args.lr * lr_factor(step, args.steps, args.warmup, args.final_lr)
+            log(args, step=done, loss=losses, grad_norm=round(norm.item(), 4), lr=lr,
+                tokens_per_second=round(speed))
+            bar.set_postfix(losses, tokens_s=round(speed))
+            if milestone:
                 bar.clear()
-                print_rank_0(f"step {done}, held-out nats and accuracy by offset: {shown}")
-                since = time.perf_counter()
-            if validate or stop:
+                validate(args, model, windows, autocast, done, ntp_before)
+            if milestone or stop:
                 save(done)
             if stop:
                 raise KeyboardInterrupt(f"stopped; go on with: python train.py --resume {out}")
-    finally:
-        bar.close()
-        for s, handler in handlers.items():
-            signal.signal(s, handler)
+            since, seen = time.perf_counter(), done
     return model
 
 
@@ -433,7 +406,8 @@ def parse_args(argv=None):
     add("head-weight", 1.0, "weight of each head's loss relative to offset 1's")
     add("head-ramp", 0, "steps in which that weight grows from 0, after the warm-up")
     add("offset-weights", "", "further factors, as in 2:1,3:0.5")
-    add("curriculum", "none", "add or remove offsets one by one", choices=CURRICULA)
+    add("curriculum", "none", "add or remove offsets one by one", 
+        choices=["none", "forward", "reverse"])
     group = p.add_argument_group("model from scratch (with --init: only the dropout)")
     add("n-layer", 4, "transformer layers")
     add("n-head", 4, "attention heads per layer")
@@ -499,28 +473,26 @@ def main(argv=None):
     with one_line_errors("train.py", memory="--batch-size, --block-size or the model"):
         if args.resume is None:
             check_args(args)
-            new = args.overwrite or not (Path(args.out) / "checkpoint.pt").exists()
-            require(new, f"{args.out} already holds a run; give --resume {args.out}, --overwrite "
+            require(args.overwrite or not (Path(args.out) / "checkpoint.pt").exists(),
+                    f"{args.out} already holds a run; give --resume {args.out}, --overwrite "
                     "or another --out")
         else:
             path = Path(args.resume)
             model, state = load_checkpoint(path)
             require("args" in state, f"{path} holds a model but no run to resume")
-            state.get("args", {}).setdefault("conditional", False)  # older than this option
-            missing = vars(parse_args([])).keys() - state["args"].keys()
-            new = {k: v for k, v in vars(args).items() if k in ("device", "compile", "progress")}
-            args = argparse.Namespace(**state["args"] | new)
+            now = {k: v for k, v in vars(args).items() if k in ("device", "compile", "progress")}
+            default = vars(parse_args([]))  # of options that are younger than the run
+            args = argparse.Namespace(**default | state["args"] | now)
             args.out = str(path if path.is_dir() else path.parent)
             if state["step"] >= args.steps:
                 return print_rank_0(f"{args.out} is finished: {args.steps} steps")
-            require(not missing, f"{path} was started by a train.py without {sorted(missing)}")
             args.device = str(pick_device(args.device))
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if WORLD_SIZE > 1:
             if args.device != "cpu":
                 torch.cuda.set_device(args.device)
             dist.init_process_group("gloo" if args.device == "cpu" else "nccl")
         train(args, model, state)
-        if dist.is_initialized():
+        if WORLD_SIZE > 1:
             dist.destroy_process_group()
         print_rank_0(f"done: python decode.py {args.out}")
 

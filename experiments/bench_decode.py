@@ -36,11 +36,12 @@ from torch.nn.attention import SDPBackend
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import decode
-from common import (Parser, Progress, check_output, environment, import_pyplot, load_checkpoint,
+from common import (Parser, Progress, check_output, environment, load_checkpoint,
                     one_line_errors, pick_device, write_whole)
 from data.loader import Corpus
 from decode import Decoder, Node, can_compile, chain, load_tree, ready
 from experiments.calibrate import step_latencies, timed
+from experiments.plots import import_pyplot
 from heads import HeadsConfig, MultiTokenGPT, draft_sources
 from model import GPT, GPTConfig, InputError
 

@@ -21,9 +21,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
-from common import (Parser, check_output, corpus_of, environment, import_pyplot, load_checkpoint,
+from common import (Parser, check_output, corpus_of, environment, load_checkpoint,
                     one_line_errors, pick_device, write_whole)
 from decode import chain, follow_text
+from experiments.plots import import_pyplot
 from heads import draft_sources
 from marginalize import measure, questions, unigram
 from model import require

@@ -24,8 +24,9 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from common import Parser, import_pyplot, one_line_errors, write_whole
+from common import Parser, one_line_errors, write_whole
 from experiments.calibrate import expected_tokens_per_step
+from experiments.plots import import_pyplot
 from heads import draft_sources
 from model import InputError
 

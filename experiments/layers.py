@@ -23,8 +23,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import (Parser, Progress, check_output, environment, import_pyplot, one_line_errors,
+from common import (Parser, Progress, check_output, environment, one_line_errors,
                     pick_device, write_whole)
+from experiments.plots import import_pyplot
 from marginalize import (MAX_NODES, estimate, interval, load_run, marginalize, record, report,
                          score, show)
 from model import InputError
