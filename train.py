@@ -36,7 +36,7 @@ from model import GPT, GPTConfig, require
 def recipe(args, offsets, step):
     """What a step trains -> ({offset: weight of its loss}, lr scale of the backbone).
 
-    All recipes of both papers are settings of this function:
+    The papers' recipes are settings of this function:
 
     backbone_lr     lr scale of the backbone: 1 (joint), less (differential rates), 0 (frozen)
     head_warmup     first steps, which train the heads alone (Mehra et al.; L-MTP, stage 1)
@@ -196,8 +196,8 @@ def evaluate(model, windows, batch_size, autocast=nullcontext):
 
 @contextmanager
 def bfloat16(device):
-    """Autocast to bfloat16. On a CPU attention is made of plain products, all in bfloat16, since
-    PyTorch's fused kernel takes two to three times as long there."""
+    """Autocast to bfloat16. On a CPU attention is made of plain products, all in bfloat16, which
+    is faster there than PyTorch's fused kernel."""
     flags, cpu = torch.backends.cuda, device.type == "cpu"  # the flags are the CPU's as well
     allowed = flags.fp16_bf16_reduction_math_sdp_allowed()
     flags.allow_fp16_bf16_reduction_math_sdp(allowed or cpu)
@@ -300,11 +300,11 @@ def train(args, model=None, state=None):
     corpus.batch("train", 1, T + 1, step=0)  # too small a corpus fails now
     optimizers = make_optimizers(model, args.optimizer, args.lr, args.weight_decay)
     autocast = (lambda: bfloat16(device)) if args.dtype == "bfloat16" else nullcontext
-    first = 0
+    first, ntp_before = 0, None  # offset 1's loss before this run
     if state:
         require(state["corpus"] == corpus.meta["train_sha256"],
                 f"{corpus.folder} is not the corpus that this run was started on")
-        first = state["step"]
+        first, ntp_before = state["step"], state["ntp_before"]
         for optimizer, saved in zip(optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
         torch.set_rng_state(state["rng"])
@@ -331,9 +331,7 @@ def train(args, model=None, state=None):
                  f"{WORLD_SIZE} process(es); run folder {out}")
     if corpus.meta.get("source", "").startswith(OWN_TEXT):
         print_rank_0(f"the validation text, as the training text, is {corpus.meta['source']}")
-    if state:
-        ntp_before = state["ntp_before"]  # offset 1's loss before this run
-    else:
+    if not state:
         ntp_before = validate(args, model, windows, autocast, 0)
         save(0)  # from here on the run can be resumed
 
@@ -347,22 +345,20 @@ def train(args, model=None, state=None):
                 optimizer.step()
             done = step + 1
             milestone = done == args.steps or done % args.eval_every == 0
-            stopped = bool(signals) and WORLD_SIZE == 1
-            if not (milestone or stopped or done % args.log_every == 0):
+            if not (milestone or done % args.log_every == 0 or (signals and WORLD_SIZE == 1)):
                 continue  # without waiting for the device
             stop = torch.tensor(float(len(signals)), device=device)
             all_reduce_mean([stop])  # one rank's signal stops all
             if not all(t.isfinite().all() for t in (norm, *losses.values(), *model.parameters())):
-                raise FloatingPointError(
-                    f"losses or weights are not finite at step {done}; lower --lr or raise "
-                    f"--warmup. {out} keeps a checkpoint of an earlier step")
+                raise FloatingPointError(f"losses or weights are not finite at step {done}; lower "
+                                         f"--lr or raise --warmup. {out} keeps an earlier step")
             losses = {str(o): round(loss.item(), 4) for o, loss in losses.items()}
-            speed = args.batch_size * args.accumulate * T * (done - seen) / (
-                time.perf_counter() - since)
-            lr = args.lr * lr_factor(step, args.steps, args.warmup, args.final_lr)
-            log(args, step=done, loss=losses, grad_norm=round(norm.item(), 4), lr=lr,
-                tokens_per_second=round(speed))
-            bar.set_postfix(losses, tokens_s=round(speed))
+            tokens = args.batch_size * args.accumulate * T * (done - seen)
+            speed = round(tokens / (time.perf_counter() - since))
+            log(args, step=done, loss=losses, grad_norm=round(norm.item(), 4),
+                lr=args.lr * lr_factor(step, args.steps, args.warmup, args.final_lr),
+                tokens_per_second=speed)
+            bar.set_postfix(losses, tokens_s=speed)
             if milestone:
                 bar.clear()
                 validate(args, model, windows, autocast, done, ntp_before)
@@ -377,8 +373,8 @@ def train(args, model=None, state=None):
 # ----------------------------------------------------------------------------------------------
 # The command line
 
-def parse_args(argv=None):
-    """The command line as a namespace."""
+def parse_args(argv=None, args=None):
+    """The command line as a namespace; what is not given is as in `args` or has its default."""
     p = group = Parser(prog="train.py", description="Train a GPT from scratch, or heads on one "
                        "(--init). Ctrl-C saves and stops; --resume goes on.")
 
@@ -406,8 +402,7 @@ def parse_args(argv=None):
     add("head-weight", 1.0, "weight of each head's loss relative to offset 1's")
     add("head-ramp", 0, "steps in which that weight grows from 0, after the warm-up")
     add("offset-weights", "", "further factors, as in 2:1,3:0.5")
-    add("curriculum", "none", "add or remove offsets one by one", 
-        choices=["none", "forward", "reverse"])
+    add("curriculum", "none", "add or remove offsets", choices=["none", "forward", "reverse"])
     group = p.add_argument_group("model from scratch (with --init: only the dropout)")
     add("n-layer", 4, "transformer layers")
     add("n-head", 4, "attention heads per layer")
@@ -426,16 +421,15 @@ def parse_args(argv=None):
     add("clip", 1.0, "largest gradient norm")
     add("seed", 0, "of weights, batches and dropout")
     group = p.add_argument_group("machine")
-    add("device", argparse.SUPPRESS, "auto (default), cpu, cuda, cuda:1 or mps")
+    add("device", "auto", "auto, cpu, cuda, cuda:1 or mps")
     add("dtype", "auto", "bfloat16 is autocast; auto chooses it if the hardware multiplies in it",
         choices=["auto", "float32", "bfloat16"])
-    p.add_argument("--compile", default=argparse.SUPPRESS, action="store_true",
-                   help="torch.compile the layers (needs a C++ compiler)")
+    add("compile", False, "torch.compile the layers (needs a C++ compiler)")
     add("eval-every", 500, "steps between validations, which also save")
     add("eval-windows", 64, "held-out windows per validation")
     add("log-every", 10, "steps between lines in metrics.jsonl")
     p.add_argument("--no-progress", dest="progress", action="store_false", help="no progress bar")
-    return p.parse_args(argv)
+    return p.parse_args(argv, args)
 
 
 def check_args(args):
@@ -443,14 +437,12 @@ def check_args(args):
     args.offsets = parse_offsets(args.offsets)
     try:
         pairs = [pair.split(":") for pair in args.offset_weights.split(",") if pair]
-        args.offset_weights = {int(o): float(w) for o, w in pairs}
-        legal = all(o in args.offsets[1:] and 0 <= w < math.inf
-                    for o, w in args.offset_weights.items())
+        args.offset_weights = weights = {int(o): float(w) for o, w in pairs}
+        legal = all(o in args.offsets[1:] and 0 <= w < math.inf for o, w in weights.items())
     except ValueError:
         legal = False
     require(legal, "--offset-weights must be weights from 0 on of heads, as in 2:1,3:0.5")
-    args.compile = getattr(args, "compile", False)
-    args.device = str(pick_device(getattr(args, "device", "auto")))
+    args.device = str(pick_device(args.device))
     if args.dtype == "auto":
         fast = multiplies_in_bfloat16(torch.device(args.device))
         args.dtype = "bfloat16" if fast else "float32"
@@ -480,9 +472,10 @@ def main(argv=None):
             path = Path(args.resume)
             model, state = load_checkpoint(path)
             require("args" in state, f"{path} holds a model but no run to resume")
-            now = {k: v for k, v in vars(args).items() if k in ("device", "compile", "progress")}
-            default = vars(parse_args([]))  # of options that are younger than the run
-            args = argparse.Namespace(**default | state["args"] | now)
+            # An option that is younger than the run has its default.
+            now = parse_args(argv, argparse.Namespace(**state["args"]))
+            machine = dict(device=now.device, compile=now.compile, progress=args.progress)
+            args = argparse.Namespace(**vars(now) | state["args"] | machine)
             args.out = str(path if path.is_dir() else path.parent)
             if state["step"] >= args.steps:
                 return print_rank_0(f"{args.out} is finished: {args.steps} steps")

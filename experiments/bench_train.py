@@ -71,8 +71,8 @@ def pytorchs_muon(model, args):
 
 def bench_speed(device, shape, offsets, dtype, rounds, steps):
     """-> dict(shape, offsets, dtype; for each way its tokens_per_second and optimizer, the
-    optimizer's fraction of the time, both medians over rounds; over_adamw and over_muon: medians
-    of our speed over theirs)"""
+    optimizer's fraction of the time, both medians over rounds; mfu: of ours; over_adamw and
+    over_muon: medians of our speed over theirs)"""
     options = ["--offsets", ",".join(map(str, offsets)), "--dtype", dtype]
     args = train_args(["--device", str(device), *options])
     check_args(args)
@@ -106,7 +106,23 @@ def bench_speed(device, shape, offsets, dtype, rounds, steps):
     found = {way: dict(tokens_per_second=statistics.median(speed[way]),
                        optimizer=statistics.median(fraction[way])) for way in WAYS}
     return dict(shape=shape, offsets=offsets, dtype=args.dtype, **found,
+                mfu=mfu(models[0], found["ours"]["tokens_per_second"], device),
                 over_adamw=over("plain_adamw"), over_muon=over("plain_muon"))
+
+
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "4090": 165e12}  # dense bfloat16
+
+
+def mfu(model, tokens_per_second, device):
+    """Model FLOPs utilization: 6N + 12LCT FLOPs per token (PaLM, appendix B) over the GPU's peak.
+    None on other devices."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    peak = next((PEAK_FLOPS[gpu] for gpu in PEAK_FLOPS if gpu in name), None)
+    if not peak:
+        return None
+    c, n = model.gpt.config, sum(p.numel() for p in model.parameters())
+    n += len(model.heads) * c.vocab_size * c.n_embd  # each head multiplies by the unembedding
+    return tokens_per_second * (6 * n + 12 * c.n_layer * c.n_embd * c.block_size) / peak
 
 
 def resident(key):
@@ -183,6 +199,8 @@ def main(argv=None):
         for r in results["speed"]:
             shown = (f"{name} {r[way]['tokens_per_second']:,.0f} tokens/s "
                      f"({r[way]['optimizer']:.0%} optimizer)" for way, name in WAYS.items())
+            if r["mfu"]:
+                shown = (*shown, f"ours at {r['mfu']:.0%} of the GPU's peak")
             print(f"{r['shape']}, offsets {','.join(map(str, r['offsets']))}, {r['dtype']}: "
                   f"{'; '.join(shown)}: {r['over_adamw']:.2f}x and {r['over_muon']:.2f}x")
         m = results["memory"]

@@ -15,6 +15,7 @@ from data.loader import Corpus
 from data.prepare import get_tokenizer
 from decode import Decoder, Node, chain, depths
 from experiments import calibrate as calibration
+from experiments.bench_train import mfu
 from experiments.calibrate import (BLOCKS, accepted_depths, calibrate, draft_hits,
                                    expected_tokens_per_step, grow_tree, held_out_acceptance,
                                    simulate_steps)
@@ -373,6 +374,14 @@ def test_the_marginalisation_benchmark_compares_the_same_sums(run_folder, tmp_pa
     found = json.loads((tmp_path / "b.json").read_text())
     assert [r["positions"] for r in found["rows"]] == [1, 4]
     assert all(r["largest_difference"] < 1e-5 for r in found["rows"])
+
+
+def test_mfu_counts_six_flops_per_parameter_and_token_and_attention(monkeypatch):
+    model = tiny_model((1,))  # 2 layers of width 32, 64 positions
+    flops = 6 * sum(p.numel() for p in model.parameters()) + 12 * 2 * 32 * 64
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    assert mfu(model, 1e6, torch.device("cuda")) == pytest.approx(1e6 * flops / 989e12)
+    assert mfu(model, 1e6, torch.device("cpu")) is None
 
 
 @pytest.mark.slow

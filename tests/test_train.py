@@ -106,14 +106,6 @@ def test_bfloat16_gradients_are_those_of_float32_but_for_rounding(corpus):
     assert torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed() == flag
 
 
-def test_mfu_counts_six_flops_per_parameter_and_token_and_attention(monkeypatch):
-    model = tiny_model((1,))  # 2 layers of width 32, 64 positions
-    flops = 6 * sum(p.numel() for p in model.parameters()) + 12 * 2 * 32 * 64
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
-    assert train.mfu(model, 1e6, torch.device("cuda")) == pytest.approx(1e6 * flops / 989e12)
-    assert train.mfu(model, 1e6, torch.device("cpu")) is None
-
-
 # ----------------------------------------------------------------------------------------------
 # Optimizers
 
@@ -513,7 +505,7 @@ def test_a_killed_process_that_is_resumed_ends_with_the_same_weights(
 
 def test_each_rank_reads_its_part_and_gradients_travel_in_one_piece(corpus, monkeypatch):
     sent, read = [], []
-    monkeypatch.setattr(train, "rank_and_world_size", lambda: (0, 2))
+    monkeypatch.setattr(train, "WORLD_SIZE", 2)
     monkeypatch.setattr("torch.distributed.all_reduce", lambda t: sent.append(t.numel()))
     model = small_model((1, 2, 3, 4), "block")
     model.gpt.transformer.wte.register_forward_hook(lambda _, args, __: read.append(len(args[0])))
@@ -565,10 +557,10 @@ def test_several_processes_stop_together_when_one_is_asked_to(corpus, tmp_path):
     assert 5 <= load_checkpoint(tmp_path)[1]["step"] < 100_000
 
 
-def test_a_batch_that_cannot_be_split_is_one_line(corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "rank_and_world_size", lambda: (0, 3))
-    result = command("train.py", "--data", corpus, "--out", tmp_path, *TINY)
-    assert_one_line_error(result, "--batch-size must be a multiple of the 3 processes")
+def test_a_batch_that_cannot_be_split_is_refused(corpus, monkeypatch):
+    monkeypatch.setattr(train, "WORLD_SIZE", 3)
+    with pytest.raises(InputError, match="--batch-size must be a multiple of the 3 processes"):
+        train.train(settings("--data", corpus, "--batch-size", 4))
 
 
 # ----------------------------------------------------------------------------------------------
@@ -611,10 +603,10 @@ def test_what_lies_at_the_output_is_never_overwritten_by_accident(run_folder, co
     assert (run_folder / "checkpoint.pt").read_bytes() == before
 
 
-def test_a_run_that_is_older_than_conditional_heads_is_resumed(run_folder, tmp_path):
+def test_a_run_that_is_older_than_an_option_has_its_default(run_folder, tmp_path):
     model, state = load_checkpoint(run_folder)
     state["args"] |= dict(steps=121, out=str(tmp_path))
-    del state["args"]["conditional"]
+    del state["args"]["conditional"], state["args"]["head_ramp"]
     save_checkpoint(tmp_path / "checkpoint.pt", model, **state)
     result = command("train.py", "--resume", tmp_path)
     assert result.returncode == 0 and load_checkpoint(tmp_path)[1]["step"] == 121, result.stderr
@@ -643,11 +635,7 @@ def test_what_cannot_be_resumed_is_refused(run_folder, tmp_path):
     assert_refused("no checkpoint")
     edit(run_folder, tmp_path, step=30, corpus="another")
     assert_refused("not the corpus")
-    model, state = load_checkpoint(run_folder)
-    del state["args"]["head_ramp"]  # an older train.py did not have it
-    save_checkpoint(tmp_path / "checkpoint.pt", model, **state | dict(step=30))
-    assert_refused("train.py without", "head_ramp")
-    save_checkpoint(tmp_path / "checkpoint.pt", model)
+    save_checkpoint(tmp_path / "checkpoint.pt", load_checkpoint(run_folder)[0])
     assert_refused("no run to resume")
 
 
