@@ -69,20 +69,20 @@ def generate_reference(model, prompt, max_new_tokens, offsets=None):
 # ----------------------------------------------------------------------------------------------
 # Picking a token
 
-def gumbel_noise(seed, row, position, vocab_size):
+def gumbel_noise(seed, row, position, tokens):
     """Gumbel(0, 1) noise, a pure function of (seed, row, position, token).
 
-    seed int; row and position int64 that broadcast to some (...) -> (..., V) float32. The hash is
-    two rounds of xor-shift and multiply on 32-bit words in int64, whose products cannot overflow.
+    seed int; row and position int64 that broadcast to some (...); tokens (V,) int64 -> (..., V)
+    float32. The hash is two rounds of xor-shift and multiply on 32-bit words in int64, whose
+    products cannot overflow.
     """
     def mix(x):
         x = ((x ^ (x >> 16)) * 0x21F0AAAD) & 0xFFFFFFFF
         x = ((x ^ (x >> 15)) * 0x735A2D97) & 0xFFFFFFFF
         return x ^ (x >> 15)
     key = mix(mix(mix(seed) ^ row) ^ position)[..., None]  # (..., 1)
-    # token + 0x9E3779B9 in 32 bits, as a difference: Inductor's int32 arange would overflow.
-    token = (torch.arange(vocab_size, device=position.device) - 0x61C88647) & 0xFFFFFFFF
-    bits = mix(key ^ mix(token))  # (..., V)
+    # tokens + 0x9E3779B9 in 32 bits, as a difference: Inductor's int32 arange would overflow.
+    bits = mix(key ^ mix((tokens - 0x61C88647) & 0xFFFFFFFF))  # (..., V)
     uniform = ((bits >> 9).float() + 0.5) * 2.0 ** -23  # in (0, 1), both ends excluded
     return -torch.log(-torch.log(uniform))
 
@@ -259,13 +259,16 @@ class Decoder:
     dtype        decode with a copy in, say, torch.bfloat16
     compile      torch.compile the step, on CUDA replayed as one graph
     max_length   the longest text, if shorter than the context (a smaller cache is faster)
+    draft_vocab  the only token ids that heads draft, such as the most frequent ones: cheaper where
+                 the vocabulary is large, and still the same text (FR-Spec, arXiv 2502.14856)
 
     The decoder uses the model's own weights where it can: make a new one after more training.
     Raises InputError for offsets that the model lacks and for an impossible tree.
     """
 
     def __init__(self, model, offsets=None, tree=None, *, temperature=0.0, top_k=None, top_p=None,
-                 seed=0, coupled=True, dtype=None, compile=False, max_length=None):
+                 seed=0, coupled=True, dtype=None, compile=False, max_length=None,
+                 draft_vocab=None):
         offsets = check_offsets(offsets or model.offsets, model.offsets)
         self.tree = check_tree(chain(draft_sources(offsets)) if tree is None else tree, offsets)
         self.config = config = model.gpt.config
@@ -276,13 +279,19 @@ class Decoder:
         require(1 <= self.max_length <= config.block_size,
                 f"max_length must be in 1..{config.block_size}, not {max_length}")
         model = ready(model, dtype)
-        self.model, self.heads = model, DraftHeads(model, offsets_of(self.tree))
-        weight = model.gpt.lm_head.weight
-        self.device, self.dtype = weight.device, weight.dtype
+        weight, self.vocab = model.gpt.lm_head.weight, None
+        self.model, self.device, self.dtype = model, weight.device, weight.dtype
+        if draft_vocab is not None:
+            # Sorted, so that ties fall to the same token as without it.
+            self.vocab = torch.tensor(sorted(set(draft_vocab)), device=self.device)
+            require(len(self.vocab) and 0 <= self.vocab[0] <= self.vocab[-1] < config.vocab_size,
+                    f"draft_vocab must hold token ids in 0..{config.vocab_size - 1}")
+        self.heads = DraftHeads(model, offsets_of(self.tree), self.vocab)
         self.temperature, self.top_k, self.top_p = float(temperature), top_k, top_p
         self.seed, self.coupled, self.compile = int(seed) & 0xFFFFFFFF, coupled, compile
         self.t = t = tree_tables(self.tree, self.device)
-        require(t.R <= config.vocab_size, f"{t.R} drafts of a head, of {config.vocab_size} tokens")
+        V = self.heads.draft_size
+        require(t.R <= V, f"{t.R} drafts of a head, of {V} tokens")
         # The last block may overshoot the end. Attention kernels like multiples of 16.
         self.slots = -(-self.max_length // 16) * 16 + -(-t.N // 16) * 16
         self.states = {}  # {B: (State, step)}
@@ -372,19 +381,20 @@ class Decoder:
             # Only the W newest tokens draft, those before the root. They stand at i on the path.
             newest = s.position[:, None] + torch.arange(-t.W, 0, device=self.device)  # (B, W)
             i = newest - start[:, None]
-            logits = self.heads.logits(z[s.row, i.clamp(min=0)])  # (B, W, H, V)
+            logits = self.heads.logits(z[s.row, i.clamp(min=0)])  # (B, W, H, K)
             if self.coupled:
                 position = newest[:, :, None] + t.offsets  # (B, W, H) of the drafts
-                logits = self.scores(logits, s.noise_row[:, :, None], position)
+                logits = self.scores(logits, s.noise_row[:, :, None], position, self.vocab)
             new = argmax(logits)[..., None] if t.R == 1 else logits.topk(t.R).indices
+            new = new if self.vocab is None else self.vocab[new]
             old = s.drafts[s.row, (i + t.W).clamp(max=t.W - 1)]  # tokens before the path keep them
             s.drafts.copy_(torch.where((i >= 0)[:, :, None, None], new, old))
         root = s.tokens.gather(1, s.position[:, None])
         s.block.copy_(torch.cat([root, s.drafts.flatten(1)[:, t.source]], dim=1))
 
-    def scores(self, logits, row, position):
-        """What the token at `position` of text `row` is the argmax of: logits (..., V) -> (...,
-        V).
+    def scores(self, logits, row, position, tokens=None):
+        """What the token at `position` of text `row` is the argmax of: logits (..., V) of tokens
+        (V,), None: all -> (..., V).
 
         At temperature T, logits / T + noise (the Gumbel-max trick). The noise belongs to the
         position, so a head that drafts with it agrees more often with the model than one without
@@ -392,7 +402,9 @@ class Decoder:
         if self.temperature == 0:
             return logits
         logits = filter_logits(logits.float() / self.temperature, self.top_k, self.top_p)
-        return logits + gumbel_noise(self.seed, row, position, logits.shape[-1])
+        if tokens is None:
+            tokens = torch.arange(logits.shape[-1], device=self.device)
+        return logits + gumbel_noise(self.seed, row, position, tokens)
 
     @torch.no_grad()
     def generate(self, prompts, max_new_tokens, stop_token=None, first_row=0, on_step=None,

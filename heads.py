@@ -280,13 +280,18 @@ PADDING = {"cuda": 64}  # its kernels like a multiple of this many rows of an un
 
 class DraftHeads:
     """The heads of some offsets, and offset 1, for decoding. What is run together is copied: the
-    weights of heads that do not attend, and, on CUDA, the unembedding, to pad it."""
+    weights of heads that do not attend, and, on CUDA, the unembedding, to pad it.
 
-    def __init__(self, model, offsets):
+    vocab (K,) int64: the only tokens that heads draft; None: all V."""
+
+    def __init__(self, model, offsets, vocab=None):
         self.model, self.vocab_size = model, model.gpt.config.vocab_size
+        self.draft_size = self.vocab_size if vocab is None else len(vocab)
         self.heads = [model.heads[str(o)] for o in offsets if o > 1]
-        self.unembed = with_padding(model.gpt.lm_head)
-        self.own = [with_padding(h.unembedding) for h in self.heads if h.unembedding is not None]
+        self.unembed = unembed = with_padding(model.gpt.lm_head)
+        self.unembed_drafts = unembed if vocab is None else with_padding(model.gpt.lm_head, vocab)
+        self.own = [with_padding(head.unembedding, vocab)
+                    for head in self.heads if head.unembedding is not None]
         self.attend = model.heads_config.kind == "block"
         self.stacked = stack(self.heads) if self.heads and not self.attend else {}
 
@@ -311,11 +316,11 @@ class DraftHeads:
         return self.unembed(self.model.last_layer(h))[..., :self.vocab_size]
 
     def logits(self, z):
-        """z (B, n, H, C) from `run` -> logits (B, n, H, V)."""
+        """z (B, n, H, C) from `run` -> logits (B, n, H, K)."""
         if not self.own:
-            return self.unembed(z)[..., :self.vocab_size]
+            return self.unembed_drafts(z)[..., :self.draft_size]
         logits = torch.stack([f(z[:, :, i]) for i, f in enumerate(self.own)], dim=2)
-        return logits[..., :self.vocab_size]
+        return logits[..., :self.draft_size]
 
 
 def stack(heads):
@@ -325,12 +330,12 @@ def stack(heads):
             for name in parameters[0] if "unembedding" not in name}
 
 
-def with_padding(linear):
-    """A Linear without bias: itself, or with zero rows where its device likes them."""
-    missing = -linear.out_features % PADDING.get(linear.weight.device.type, 1)
-    if not missing:
+def with_padding(linear, rows=None):
+    """A Linear without bias, or some of its rows, and zero rows where its device likes them."""
+    weight = linear.weight.detach() if rows is None else linear.weight.detach()[rows]
+    missing = -len(weight) % PADDING.get(weight.device.type, 1)
+    if rows is None and not missing:
         return linear
-    rows = linear.out_features + missing
-    padded = nn.Linear(linear.in_features, rows, bias=False, device="meta")
-    padded.weight = nn.Parameter(F.pad(linear.weight.detach(), (0, 0, 0, missing)))
+    padded = nn.Linear(linear.in_features, len(weight) + missing, bias=False, device="meta")
+    padded.weight = nn.Parameter(F.pad(weight, (0, 0, 0, missing)))
     return padded

@@ -181,6 +181,41 @@ def test_the_drafts_are_those_of_the_heads_when_they_read_the_whole_text(kind, m
     assert nodes[:50] == g.nodes[0] and max(nodes) > 0
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["1,3,5,7", "bushy"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_drafting_among_a_few_tokens_does_not_change_the_text(kind, name, temperature):
+    decoder = Decoder(tiny_model(**kind), tree=TREES[name], temperature=temperature, seed=5,
+                      draft_vocab=[30, 3, 7, 11, 12])
+    assert decoder.generate(PROMPTS, 30).tokens == expected_text(temperature)
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_draft_is_the_best_of_these_tokens_by_logit_and_noise(own, temperature):
+    model, prompt, vocab, blocks = tiny_model(own=own), [5, 6, 7, 8], [30, 3, 7, 11, 12], []
+
+    def keep(s):
+        blocks.append((int(s.position), s.block[0, 1:].tolist()))
+    decoder = Decoder(model, LEAP, temperature=temperature, seed=5, draft_vocab=vocab)
+    text = prompt + decoder.generate([prompt], 30, on_step=keep).tokens[0]
+    logits = model(torch.tensor([text]))  # {offset: (1, T, V)}
+    for root, drafts in blocks[:-1]:  # after the last step the text ends
+        for (o, b), draft in zip(draft_sources(LEAP).values(), drafts):
+            t = root - 1 - b
+            noise = [temperature * noise_by_hand(5, 0, t + o, v) for v in vocab]
+            assert draft == vocab[(logits[o][0, t, vocab] + torch.tensor(noise)).argmax()]
+
+
+def test_drafting_among_all_tokens_in_any_order_is_drafting_as_usual():
+    plain, same = (Decoder(tiny_model(), tree=BUSHY, temperature=1.0, draft_vocab=vocab)
+                   for vocab in (None, [*range(30, -1, -1), 4]))
+    assert plain.generate(PROMPTS, 30).nodes == same.generate(PROMPTS, 30).nodes
+    for bad in ([], [31], [-1, 2]):
+        with pytest.raises(InputError, match="draft_vocab"):
+            Decoder(tiny_model(), draft_vocab=bad)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_greedy_text_is_that_of_transformers_generate(method, tmp_path):
     transformers = pytest.importorskip("transformers")
@@ -241,7 +276,8 @@ def test_a_shorter_maximal_length_changes_nothing_but_the_room():
 # Sampling
 
 def test_the_noise_is_a_function_of_seed_row_position_and_token():
-    got = gumbel_noise(7, torch.tensor([[0], [3]]), torch.tensor([[5, 6], [11, 12]]), 9)
+    tokens = torch.arange(9)
+    got = gumbel_noise(7, torch.tensor([[0], [3]]), torch.tensor([[5, 6], [11, 12]]), tokens)
     positions = [[5, 6], [11, 12]]
     for (b, row), i, v in itertools.product(enumerate([0, 3]), (0, 1), range(9)):
         expected = noise_by_hand(7, row, positions[b][i], v)
@@ -414,6 +450,8 @@ needs_compiler = pytest.mark.skipif(not CAN_COMPILE, reason="needs a compiler")
 @pytest.mark.parametrize("options", [
     dict(tree=TREES["1,3,5,7"]),
     pytest.param(dict(tree=BUSHY, temperature=1.0), marks=pytest.mark.slow),
+    pytest.param(dict(tree=BUSHY, temperature=1.0, draft_vocab=range(3, 14)),
+                 marks=pytest.mark.slow),
     pytest.param(dict(tree=()), marks=pytest.mark.slow)])
 @pytest.mark.parametrize("whs", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_compiled_step_emits_the_same_text_and_is_never_compiled_again(options, whs):
