@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import platform
+import random
 import shlex
 import sys
 import sysconfig
@@ -171,6 +172,27 @@ def load_multi30k(local):
     return splits
 
 
+LOG_LINE = ('{{"time": "2026-01-01T{:02}:{:02}:{:02}Z", "level": "{}", "service": "{}", "host": '
+            '"node-{:02}.example.org", "request": "{:024x}", "path": "/v1/{}/{}", "status": {}, '
+            '"duration_ms": {}, "message": "request completed"}}\n')
+
+
+def make_logs(seed, lines=20_000):
+    """A text that is easy to foresee: JSON lines of a service, of which about 75% of the bytes
+    are the same in every line. The rest (time, level, path, ...) is random, from the seed."""
+    rng, text = random.Random(seed), []
+    for i in range(lines):
+        second = i * 86_400 // lines
+        text.append(LOG_LINE.format(
+            second // 3600, second // 60 % 60, second % 60,
+            rng.choice(("INFO", "INFO", "INFO", "WARN", "DEBUG")),
+            rng.choice(("checkout", "search", "catalog", "login")), rng.randrange(32),
+            rng.randrange(16 ** 24), rng.choice(("orders", "items", "users")),
+            rng.randrange(10_000), rng.choice((200, 200, 200, 201, 404, 500)),
+            int(rng.expovariate(1 / 80))))
+    return "".join(text)
+
+
 def load(source, local, val_fraction, seed):
     """Read and split `source`. Raises CorpusError if it is missing or a split would be empty."""
     path = Path(source)
@@ -182,10 +204,13 @@ def load(source, local, val_fraction, seed):
     elif source == "shakespeare":
         text = decode_text(raw_bytes("tinyshakespeare.txt", local), local or source)
         splits = split_text(text, val_fraction)
+    elif source == "logs":
+        splits = split_text(make_logs(seed), val_fraction)
     elif path.is_file():
         splits = split_text(decode_text(path.read_bytes(), path), val_fraction)
     elif not path.is_dir():
-        raise CorpusError(f"no file or folder {path}: name one, or python, shakespeare, multi30k")
+        raise CorpusError(f"no file or folder {path}: name one, or python, shakespeare, "
+                          "multi30k, logs")
     elif len(texts := read_folder(path)) > 1:
         splits = split_files(texts, val_fraction, seed)
     else:
@@ -249,13 +274,13 @@ def prepare(source="python", tokenizer="bytes", out=None, local=None, val_fracti
 
     out: the folder, by default data/NAME or data/NAME-gpt2 in the project.
     local: what --from names, a file or folder. Raises CorpusError and OSError."""
-    known = source in ("python", "shakespeare", "multi30k")
+    known = source in ("python", "shakespeare", "multi30k", "logs")
     if not source or out == "":
         raise CorpusError("SOURCE and --out must not be empty")
     if not 0 < val_fraction < 1:
         raise CorpusError(f"--val-fraction is {val_fraction}: it must lie between 0 and 1")
-    if local and not known:
-        raise CorpusError("--from goes with python, shakespeare and multi30k, not with a path")
+    if local and (not known or source == "logs"):
+        raise CorpusError("--from goes with python, shakespeare and multi30k alone")
     if local and not Path(local).exists():
         raise CorpusError(f"no file or folder {local}: --from names the raw files")
     path, name = Path(source).resolve(), source
@@ -302,7 +327,8 @@ def main(argv=None):
         2, f"prepare.py: error: {' '.join(str(message).split())}\n")
     add = parser.add_argument
     add("source", nargs="?", default="python", metavar="SOURCE",
-        help="python (default), shakespeare, multi30k, or the path of a text file or folder")
+        help="python (default), shakespeare, multi30k, logs (made up, from --seed), or the path "
+        "of a text file or folder")
     add("--tokenizer", choices=["bytes", "gpt2"], default="bytes",
         help="what a token is: a byte (default, 257 ids) or a GPT-2 word piece (50257 ids)")
     add("--out", metavar="FOLDER", help="default: data/NAME or data/NAME-gpt2 in the project")

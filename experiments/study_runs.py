@@ -1,0 +1,164 @@
+"""What the parts of the study share: its sizes, runs of train.py, and what a run knows.
+
+A run is a folder that train.py wrote, a measurement a JSON file beside it. Both are kept, and made
+again when something that they were made from is newer: the rule of make.
+"""
+import json
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import train
+from common import load_checkpoint, write_whole
+from data.loader import Corpus
+from marginalize import marginalize, questions
+
+SELECT = 0  # the seed on which the best of several is chosen; it judges nothing
+
+
+class Shape(NamedTuple):
+    """The shape of a backbone."""
+    n_layer: int
+    n_head: int
+    n_embd: int
+
+
+@dataclass
+class Size:
+    """How large the study is. Everything else is the same in every size."""
+    seeds: tuple            # those that judge
+    base: Shape             # the backbone of most parts
+    small: tuple            # smaller ones, to see what size does
+    deep: Shape             # "large models specialise early"; None: left out
+    steps: int              # to train a base
+    deep_steps: int         # to train the deep one
+    adapt: int              # to add heads to it
+    plateau: tuple          # lengths of training frozen heads, each twice the one before
+    depths: tuple           # transformer layers per frozen head
+    rates: tuple            # learning rates of heads, of which the best is chosen
+    bits: tuple             # of the planning task
+    patience: int           # steps after which a task is given up
+    windows: int = 192      # held-out windows...
+    positions: int = 32     # ... and positions asked in each
+
+
+SIZES = dict(quick=Size(
+    seeds=(1, 2, 3), base=Shape(4, 2, 64), small=(Shape(1, 1, 16), Shape(2, 2, 32)), deep=None,
+    steps=1500, deep_steps=0, adapt=400, plateau=(400, 800), depths=(1, 2), rates=(2e-3, 6e-3),
+    bits=(9, 12), patience=600))
+SIZES["patient"] = replace(
+    SIZES["quick"], seeds=(1, 2, 3, 4, 5), deep=Shape(12, 4, 128), steps=6000, deep_steps=2500, adapt=1000,
+    plateau=(500, 1000, 2000), depths=(1, 2, 4), rates=(1e-3, 3e-3, 1e-2), bits=(9, 12, 14, 16),
+    patience=2000)
+
+
+def flops(shape, heads=0, residual=0, frozen=False, context=128, vocab_size=257):
+    """Floating-point operations to train on a token, forward and twice as many backward: of a
+    backbone with heads of one transformer layer, or of one residual block."""
+    C = shape.n_embd
+    layer = 24 * C * C + 4 * context * C
+    unembed, block = 2 * vocab_size * C, 2 * C * C
+    trunk = shape.n_layer * layer + unembed
+    return (1 if frozen else 3) * trunk + 3 * (heads * layer + residual * block
+                                               + (heads + residual) * unembed)
+
+
+def newer(path, made_from):
+    """Whether a file is there and newer than all that it was made from."""
+    times = [p.stat().st_mtime for p in made_from]
+    return path.exists() and path.stat().st_mtime >= max(times, default=0)
+
+
+class Study:
+    """Makes the runs and measurements of a size in a folder, and finds those that are there."""
+
+    def __init__(self, size, folder, device="cpu"):
+        self.size, self.folder, self.device = size, Path(folder), device
+
+    def run(self, name, seed, init=None, data="python", shape=None, **options):
+        """A run of train.py with these options. It starts from the run `init`; `data` is a corpus
+        of data/ or a folder. Goes on if it was stopped. -> its folder"""
+        out, data = self.folder / f"{name}-s{seed}", Path(data)
+        data = data if data.is_absolute() else ROOT / "data" / data
+        steps = options.setdefault("steps", self.size.adapt if init else self.size.steps)
+        options = dict(offsets="1", block_size=128, batch_size=8, warmup=max(1, steps // 10),
+                       eval_every=500, eval_windows=16, lr=1e-2, seed=seed, data=data, out=out,
+                       device=self.device) | (shape or self.size.base)._asdict() | options
+        if init:
+            options["init"] = init
+        argv = ["--no-progress", "--overwrite"]
+        for key, value in options.items():
+            argv += [f"--{key.replace('_', '-')}"] + ([] if value is True else [str(value)])
+        made_from = [data / "meta.json"] + ([init / "checkpoint.pt"] if init else [])
+        if newer(out / "checkpoint.pt", made_from):
+            state, args = load_checkpoint(out)[1], train.parse_args(argv)
+            train.check_args(args)
+            if state["args"] == vars(args):
+                if state["step"] < args.steps:
+                    train.main(["--resume", str(out), "--no-progress"])
+                return out
+        train.main(argv)
+        return out
+
+    def base(self, seed, data="python", shape=None, **options):
+        """The next-token model of a corpus, a shape and a seed."""
+        shape = shape or self.size.base
+        return self.run(f"ntp-{Path(data).name}-{shape.n_layer}x{shape.n_embd}", seed, data=data,
+                        shape=shape, **options)
+
+    def load(self, run, data=None):
+        """A run -> its model, and the corpus `data` or else its own"""
+        model, state = load_checkpoint(run)
+        return model.to(self.device).eval(), Corpus(data or state["args"]["data"])
+
+    def measured(self, run, function, **how):
+        """function(study, run, **how), kept as JSON beside the run."""
+        asked = "-".join([function.__name__, *map(str, how.values())])
+        return kept(Path(f"{run}-{asked}.json"), [run / "checkpoint.pt"],
+                    lambda: function(self, run, **how))
+
+
+def kept(file, made_from, function):
+    """function(), kept as JSON in `file` until something that it was made from is newer."""
+    if not newer(file, made_from):
+        write_whole(file, json.dumps(function()))
+    return json.loads(file.read_text())
+
+
+@torch.no_grad()
+def foresee(study, run, marginal=True, data=None):
+    """What a run knows about t+1 and t+2, at the same held-out positions for all models of a
+    corpus. -> {what: a number per window, the sum over its positions}: "nats", "t+1", "t+2
+    marginalised" and "t+2 head" (right ones among the first); "top5 ..." (among the first 5)."""
+    model, corpus = study.load(run, data)
+    windows, position = questions(corpus, model.gpt.config.block_size, 2, study.size.windows,
+                                  study.size.positions)
+    parts = []
+    for idx, t in zip(windows.split(16), position.split(16)):
+        idx, t = idx.to(study.device), t.to(study.device)
+        row = torch.arange(len(t), device=t.device)[:, None]
+        h = model.hidden_states(idx[:, :-1])
+        # {what: (distance, probs (w, P, V))}
+        probs = {"t+1": (1, model.offset_logits(h, 1)[row, t].softmax(-1))}
+        if marginal:
+            probs["t+2 marginalised"] = 2, marginalize(
+                model.gpt, idx[:, :int(t.max()) + 1], 2, 32, "beam", t)[0]
+        if 2 in model.offsets:
+            logits = model.offset_logits(h, 2, next_tokens=idx[:, 1:])
+            probs["t+2 head"] = 2, logits[row, t].softmax(-1)
+        found = {}
+        for what, (distance, p) in probs.items():
+            right = p.gather(-1, idx.gather(1, t + distance)[..., None])  # (w, P, 1)
+            rank = (p > right).sum(-1)
+            found |= {what: (rank < 1).sum(1), f"top5 {what}": (rank < 5).sum(1)}
+            if distance == 1:
+                found["nats"] = -right[..., 0].log().sum(1)
+        parts.append(found)
+    whole = {what: torch.cat([part[what] for part in parts]).tolist() for what in parts[0]}
+    return whole | dict(nats=np.round(whole["nats"], 2).tolist())

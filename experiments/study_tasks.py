@@ -1,0 +1,108 @@
+"""Tasks made for a question: planning (paper B), and induction (what MTP does for a small model).
+
+Planning asks for running parities in reverse: x_1 .. x_n = y_n .. y_1, with y_i = x_1 + ... + x_i
+modulo 2 (after arXiv 2403.06963). Next-token training learns all but the first answer from their
+neighbours; y_n takes all of x. At "=", offset o is asked for y_(n-o+1), a parity of n - o + 1
+bits: easier, and a step on the way. Leaping heads see farther (offset 7: n - 6 bits) than as many
+adjacent ones (offset 4: n - 3 bits). So leap should separate from MTP where n - 3 bits are hard.
+
+Induction asks for names of two random tokens in stories of fixed phrases: when a name returns,
+its first token tells the second to whoever looks back (Gloeckle et al. 2024, section 4.1).
+
+Trained: a small GPT on fresh samples, with a constant learning rate, until it is right 90% of the
+time or patience ends. Measured: the steps that it took, and its accuracy on the way.
+"""
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import torch
+
+import train
+from experiments.study_runs import Shape, kept
+from heads import HeadsConfig, MultiTokenGPT
+from model import GPT, GPTConfig
+
+PLANNERS = {"NTP": "1", "MTP": "1,2,3,4", "leap": "1,3,5,7"}
+READERS = {"NTP": ["1"], "two tokens": ["1,2"], "two tokens, forward": ["1,2", "forward"]}
+EVERY, BATCH = 25, 32  # steps between questions, samples in a step
+
+
+def parities(n, batch_size, generator):
+    """The planning task -> tokens (B, 2n + 1): bits, and 2 for "="."""
+    x = torch.randint(2, (batch_size, n), generator=generator)
+    equals = torch.full((batch_size, 1), 2)
+    return torch.cat([x, equals, (x.cumsum(1) % 2).flip(1)], dim=1)
+
+
+NAMES, WORDS, CAST, SENTENCES = 32, 16, 4, 16
+
+
+def stories(batch_size, generator):
+    """The induction task -> tokens (B, 3 * SENTENCES), and where (bool) the second token of a name
+    stands that was there before. A sentence is the name of one of CAST persons, and a word."""
+    B, S = batch_size, SENTENCES
+    first = torch.rand(B, NAMES, generator=generator).argsort(1)[:, :CAST]  # no two the same
+    second = torch.randint(NAMES, (B, CAST), generator=generator)
+    who = torch.randint(CAST, (B, S), generator=generator)
+    word = NAMES + torch.randint(WORDS, (B, S), generator=generator)
+    tokens = torch.stack([first.gather(1, who), second.gather(1, who), word], dim=2)  # (B, S, 3)
+    asked = torch.zeros(B, S, 3, dtype=torch.bool)
+    asked[:, :, 1] = (who[:, :, None] == who[:, None]).tril(-1).any(2)
+    return tokens.flatten(1), asked.flatten(1)
+
+
+def planning(study, seed):
+    """-> {"N bits, METHOD": what `learn` found about the first token of the answer}"""
+    rows = {}
+    for n in study.size.bits:
+        def samples(*how):
+            tokens = parities(n, *how)
+            asked = torch.zeros_like(tokens, dtype=torch.bool)
+            asked[:, n + 1] = True
+            return tokens, asked
+        for label, offsets in PLANNERS.items():
+            rows[f"{n} bits, {label}"] = kept(
+                study.folder / f"planning-{n}-{label}-s{seed}.json", (),
+                lambda: learn(study, samples, offsets, seed=seed, shape=Shape(3, 4, 64),
+                              vocab_size=3))
+    return rows
+
+
+def induction(study, seed):
+    """-> {METHOD: what `learn` found about the second tokens of names that return}"""
+    return {label: kept(
+        study.folder / f"induction-{label}-s{seed}.json".replace(" ", "-"), (),
+        lambda: learn(study, stories, *how, seed=seed, shape=Shape(2, 2, 64),
+                      vocab_size=NAMES + WORDS))
+        for label, how in READERS.items()}
+
+
+def learn(study, samples, offsets, curriculum="none", *, seed, shape, vocab_size, lr=5e-3):
+    """Train on samples(batch_size, generator) -> tokens (B, L), asked (B, L) bool: where they are
+    to be right. -> dict(steps: until 90% are right, or patience; curve: accuracy on the way)"""
+    asked_of = torch.Generator().manual_seed(10**6)
+    tokens, asked = samples(512, asked_of)
+    drawn = torch.Generator().manual_seed(seed)
+    corpus = SimpleNamespace(batch=lambda *_: samples(BATCH, drawn)[0])
+    args = train.parse_args([
+        "--offsets", offsets, "--steps", str(study.size.patience), "--lr", str(lr),
+        "--final-lr", "1", "--curriculum", curriculum, "--dtype", "float32",
+        "--device", study.device, "--seed", str(seed)])
+    train.check_args(args)
+    torch.manual_seed(seed)
+    config = GPTConfig(tokens.shape[1] - 1, vocab_size, *shape)
+    model = MultiTokenGPT(GPT(config), HeadsConfig(args.offsets)).to(study.device)
+    optimizers = train.make_optimizers(model, args.optimizer, args.lr, args.weight_decay)
+    tokens, asked, curve = tokens.to(study.device), asked.to(study.device), []
+    for step in range(args.steps):
+        train.compute_gradients(model, optimizers, corpus, step, args, nullcontext)
+        for optimizer in optimizers:
+            optimizer.step()
+        if (step + 1) % EVERY == 0:
+            with torch.no_grad():
+                predicted = model.gpt(tokens[:, :-1])[0].argmax(-1)
+            right = predicted == tokens[:, 1:]
+            curve.append(right[asked[:, 1:]].float().mean().item())
+            if curve[-1] >= 0.9:
+                break
+    return dict(steps=EVERY * len(curve), curve=[round(a, 3) for a in curve])
