@@ -104,6 +104,16 @@ def library(tmp_path):
         "latin1.py": b"name = '\xe9'\n", "blank.py": "\n"})
 
 
+def test_logs_are_json_lines_with_fixed_keys_and_three_quarters_the_same_in_every_line(tmp_path):
+    text = prepare.make_logs(seed=0, lines=500)
+    lines = text.splitlines()
+    assert len({tuple(json.loads(line)) for line in lines}) == 1  # the keys
+    template = prepare.LOG_LINE.format(*[0] * 3, "", "", 0, 0, "", "", "", "")
+    zeros = len("000000") + len("00") + len(f"{0:024x}")
+    assert 0.7 < (len(template) - zeros) * len(lines) / len(text) < 0.8
+    assert prepare.make_logs(0, 500) == text != prepare.make_logs(1, 500)
+
+
 def test_python_is_split_by_file_without_overlap_or_loss(tmp_path, library):
     out = tmp_path / "corpus"
     corpus = Corpus(prepare.prepare("python", out=out, local=library, val_fraction=0.2))
