@@ -2,9 +2,9 @@
 
     python experiments/findings.py
 
-A claim of the patient study counts where it exists, else that of the quick one. Each function
-below takes the results of a part and yields its claims: the effect that the claim speaks of, as a
-function of means over seeds and windows (see verdicts.py), and what else a reader should know.
+The patient study counts where there is one, else the quick one. Each function below takes the
+results of a part and yields its claims: an effect (see verdicts.py), its control, what else was
+seen. Below them: the figures, the page.
 """
 import json
 import sys
@@ -17,416 +17,340 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import import_pyplot, one_line_errors, write_whole
 from experiments.calibrate import expected_tokens_per_step
 from experiments.study_layers import plateau
+from experiments.study_leap import METHODS
 from experiments.study_recipes import RECIPES, chosen, control_of
-from experiments.study_runs import ROOT, SELECT, Shape, flops
-from experiments.study_tasks import EVERY
+from experiments.study_runs import ROOT, SELECT
+from experiments.study_tasks import EVERY, READER_COST
 from experiments.verdicts import estimate, holm, verdict
 from heads import draft_sources
 from model import InputError
 
 RESULTS, PAGE = ROOT / "experiments" / "results", ROOT / "docs" / "findings.md"
 MARKS = "<!-- findings: begin -->\n", "<!-- findings: end -->\n"
+NOW, LATER, HEAD = "t+1", "t+2 marginalised", "t+2 head"
 
 
 class Claim(NamedTuple):
     """A claim, and what was found about it."""
-    paper: str
     title: str
-    found: dict         # of `estimate`
     unit: str           # of the effect
+    found: dict         # from `estimate`
     text: str           # what was compared, with which control, and what else was seen
-    figure: str = None
 
 
 class Part:
-    """The results of a part of the study."""
+    """The results of a part: part[row, what] is an array (judging seeds, windows)."""
 
-    def __init__(self, path, name):
-        content = json.loads(path.read_text())
-        self.rows, self.command, self.size = (content[k] for k in ("rows", "command", "size"))
-        self.asked = self.size["windows"] * self.size["positions"]
-        self.P, self.name = self.size["positions"], name
+    def __init__(self, path, size_name):
+        self.__dict__.update(json.loads(path.read_text()))  # command, environment, size, rows
+        self.size_name, self.asked = size_name, self.size["positions"]
 
-    def get(self, row, what):
-        """What was measured of a row -> (judging seeds, windows)"""
-        by_seed = self.rows[row]
-        return np.array([by_seed[s][what] for s in sorted(by_seed) if s != str(SELECT)], float)
+    def __getitem__(self, key):
+        row, what = key
+        seeds = sorted(seed for seed in self.rows[row] if seed != str(SELECT))
+        return np.array([self.rows[row][seed][what] for seed in seeds], float)
 
-    def selected(self):
-        """The rows of the seed that selects: {row: {what: ...}}"""
+    def selecting(self):
+        """{row: {what: ...}} of the seed that selects."""
         return {row: found[str(SELECT)] for row, found in self.rows.items() if str(SELECT) in found}
 
     def percent(self, row, what):
-        """Accuracy of a row, in percent, over all judging seeds."""
-        return 100 * self.get(row, what).mean() / self.P
+        """Accuracy over all judging seeds and windows."""
+        return f"{100 * self[row, what].mean() / self.asked:.1f}%"
 
+    def nats(self, row):
+        """The mean loss of a row at t+1."""
+        return self[row, "nats"].mean() / self.asked
+
+    def points(self, a, b, smallest=0.5):
+        """The accuracy of a, (row, what), minus that of b, in points."""
+        return estimate(lambda a, b: 100 * (a - b) / self.asked, smallest, self[a], self[b])
+
+    def retention(self, row, other):
+        """Accuracy at t+2 over that at t+1, of a row minus another's, in points."""
+        return estimate(lambda a, b, c, d: 100 * (a / b - c / d), 1.0, *(
+            self[r, what] for r in (row, other) for what in (LATER, NOW)))
+
+    def per_step(self, row, method, other_row, other_method):
+        """Tokens per step on held-out text of one method minus another's."""
+        return estimate(lambda a, b, c, d: a / b - c / d, 0.02, *(
+            self[r, f"{m}, {what}"] for r, m in ((row, method), (other_row, other_method))
+            for what in ("tokens", "steps")))
+
+    def tokens_per_step(self, row, method):
+        return self[row, f"{method}, tokens"].mean() / self[row, f"{method}, steps"].mean()
+
+
+# ----------------------------------------------------------------------------------------------
+# Paper A
 
 def scale(part):
-    sizes = [row for row in part.rows if "x" in row]
-    small, large = sizes[0], sizes[-1]
-    found = estimate(lambda m, t: 100 * (m - t) / part.P, 1.0,
-                     part.get(large, "t+2 marginalised"), part.get("table", "t+2"))
-    yield Claim("A", "A next-token model already knows about later tokens", found, "points",
-                f"Top-1 at t+2, marginalised: {part.percent(large, 't+2 marginalised'):.1f}%. "
-                "Control: a table of what most often follows two bytes, "
-                f"{part.percent('table', 't+2'):.1f}%.", "scale")
-    found = estimate(lambda a, b, c, d: 100 * (a / b - c / d), 1.0, *(
-        part.get(row, what) for row in (large, small) for what in ("t+2 marginalised", "t+1")))
-    top5 = [100 * part.get(r, "top5 t+2 marginalised").mean() / part.get(r, "top5 t+1").mean()
-            for r in (large, small)]
-    yield Claim("A", "The larger the model, the more of what it knows reaches t+2", found, "points",
-                f"Retention, accuracy at t+2 over t+1, of {large} against {small} (layers x width)."
-                f" Among the first five: {top5[0]:.0f}% against {top5[1]:.0f}%. The papers' models "
-                "have 0.1 to 7 billion parameters.", "scale")
+    small, *_, large, table = part.rows
+    yield Claim("A next-token model already knows about later tokens", "points",
+                part.points((large, LATER), (table, LATER), 1.0),
+                f"Top-1 at t+2, marginalised: {part.percent(large, LATER)}. Control: a table of "
+                f"what most often follows two bytes, {part.percent(table, LATER)}.")
+    five = [part[r, f"top5 {LATER}"].mean() / part[r, f"top5 {NOW}"].mean() for r in (large, small)]
+    yield Claim("The larger the model, the more of what it knows reaches t+2", "points",
+                part.retention(large, small),
+                f"Retention (accuracy at t+2 over t+1) of {large} against {small}, layers x width."
+                f" Among the first five it is {five[0]:.0%} against {five[1]:.0%}.")
 
 
 def translation(part):
-    its, other = "its English", "another English"
-    found = estimate(lambda a, b, c, d: 100 * (a / b - c / d), 1.0, *(
-        part.get(row, what) for row in (its, other) for what in ("t+2 marginalised", "t+1")))
-    gain = (part.get(other, "nats").mean() - part.get(its, "nats").mean()) / part.P
-    yield Claim("A", "A source sentence pins later tokens down", found, "points",
+    its, other = part.rows
+    yield Claim("A source sentence pins later tokens down", "points", part.retention(its, other),
                 "Retention on German after its English, against a model trained and asked with "
-                f"another caption's English. The English is worth {gain:.3f} nats per byte at "
-                "t+1: a model that gains little has not learnt to translate. The paper used models "
-                "that can.")
+                "another caption's. The English is worth "
+                f"{part.nats(other) - part.nats(its):.3f} nats per byte at t+1; a model that gains "
+                "little has not learnt to translate, as the paper's models had.")
 
 
 def frozen(part):
-    swept, depths = part.selected(), part.size["depths"]
-    steps = {d: plateau(swept, d, part.size["plateau"]) for d in depths}
-    names = {d: f"{d} layers, {steps[d]} steps" for d in depths}
-    best = max(names.values(), key=lambda name: sum(swept[name]["t+2 head"]))
-    found = estimate(lambda m, h: 100 * (m - h) / part.P, 1.0,
-                     part.get("backbone", "t+2 marginalised"), part.get(best, "t+2 head"))
-    each = ", ".join(f"{part.percent(name, 't+2 head'):.1f}% with {d} ({steps[d]} steps)"
-                     for d, name in names.items())
-    yield Claim("A", "Heads on a frozen backbone stay below marginalisation", found, "points",
-                f"Top-1 at t+2: {part.percent('backbone', 't+2 marginalised'):.1f}% marginalised; "
-                f"heads of transformer layers, trained to a plateau: {each}.", "layers")
+    swept, lengths, names = part.selecting(), part.size["plateau"], {}
+    for depth in part.size["depths"]:
+        steps = plateau(swept, depth, lengths, part.asked)
+        names[f"{depth} ({steps} steps)"] = f"{depth} layers, {steps} steps"
+    best = max(names.values(), key=lambda name: sum(swept[name][HEAD]))
+    each = ", ".join(f"{part.percent(name, HEAD)} with {how}" for how, name in names.items())
+    yield Claim("Heads on a frozen backbone stay below marginalisation", "points",
+                part.points(("backbone", LATER), (best, HEAD), 1.0),
+                f"Top-1 at t+2: {part.percent('backbone', LATER)} marginalised; heads of "
+                f"transformer layers, trained until twice as long adds little: {each}.")
 
 
 def layers(part):
-    for shape, title in ((part.size["base"], "Hidden states specialise for the next token"),
-                         (part.size["deep"], "Large models specialise early")):
-        if not shape:
+    titles = "Hidden states specialise for the next token", "Large models specialise early"
+    for title, shape in zip(titles, (part.size["base"], part.size["deep"])):
+        if shape is None:
             continue
-        name, L = f"{shape[0]}x{shape[2]}", shape[0]
-        swept = {int(row.split()[-1]): sum(found["t+2 head"])
-                 for row, found in part.selected().items() if row.startswith(name)}
-        best = max((l for l in swept if l < L), key=swept.get)
-        rows = [f"{name}, layer {l}" for l in (best, L)]
-        found = estimate(lambda b, t: 100 * (b - t) / part.P, 0.5,
-                         *(part.get(row, "t+2 head") for row in rows))
-        yield Claim("A", title, found, "points",
-                    f"Heads for t+2 that read layer {best}, the best below the last on another "
-                    f"seed, against layer {L}: {part.percent(rows[0], 't+2 head'):.1f}% and "
-                    f"{part.percent(rows[1], 't+2 head'):.1f}% ({L} layers x {shape[2]}).", "layers")
+        L, name = shape[0], f"{shape[0]}x{shape[2]}"
+        right = {row: sum(found[HEAD]) for row, found in part.selecting().items() if name in row}
+        last = f"{name}, layer {L}"
+        best = max(right.keys() - {last}, key=right.get)
+        yield Claim(title, "points", part.points((best, HEAD), (last, HEAD)),
+                    f"Heads for t+2 that read {best}, the best below the last on another seed, "
+                    f"against the last: {part.percent(best, HEAD)} and {part.percent(last, HEAD)}.")
 
 
 def recipes(part):
-    swept, names = part.selected(), {}
+    swept, row, control = part.selecting(), {}, {}
     for label in RECIPES:
-        scale_, rate = chosen(swept, label)
-        names[label] = f"{label}, {scale_:g} x {rate:g}", control_of(scale_, rate)
+        how = chosen(swept, label, part.asked)
+        row[label], control[label] = "{}, {:g} x {:g}".format(label, *how), control_of(*how)
 
     def best_of(labels):
-        return max(labels, key=lambda label: sum(swept[names[label][0]]["t+2 head"]))
+        return max(labels, key=lambda label: sum(swept[row[label]][HEAD]))
 
-    def nats_lost(label):
-        a, b = (part.get(row, "nats") for row in names[label])
-        return (a.mean() - b.mean()) / part.P
-    joint = best_of([label for label in RECIPES if "joint" in label and "WHS" not in label])
-    row, control = names[joint]
-    found = estimate(lambda h, m, h0, m0: 100 * ((h - m) - (h0 - m0)) / part.P, 0.5,
-                     part.get(row, "t+2 head"), part.get(control, "t+2 marginalised"),
-                     part.get(names["frozen"][0], "t+2 head"),
-                     part.get("base", "t+2 marginalised"))
-    yield Claim("A", "Joint training narrows the gap to marginalisation", found, "points",
-                f"The gap at t+2 of the best joint recipe ({joint}), to its control trained on "
-                "without a head and marginalised, against the gap of frozen heads to the base. "
-                f"Next-token loss against that control: {nats_lost(joint):+.3f} nats.", "recipes")
-    whs = "WHS, joint, slower backbone"
-    best = best_of(RECIPES)
-    row, control = names[best]
-    found = estimate(lambda m, h: 100 * (m - h) / part.P, 0.5,
-                     part.get(control, "t+2 marginalised"), part.get(row, "t+2 head"))
-    yield Claim("A", "... but does not close it", found, "points",
-                f"Top-1 at t+2 of the best recipe ({best}) {part.percent(row, 't+2 head'):.1f}%, "
-                f"of its control, marginalised, {part.percent(control, 't+2 marginalised'):.1f}%. "
-                f"From scratch, with equal compute: {part.percent('from scratch', 't+2 head'):.1f}% "
-                f"at {part.get('from scratch', 'nats').mean() / part.P:.3f} nats, against "
-                f"{part.get(control, 'nats').mean() / part.P:.3f} of the control.", "recipes")
-    other = best_of([label for label in RECIPES if label != whs])
-    found = estimate(lambda a, b: 100 * (a - b) / part.P, 0.5,
-                     *(part.get(names[label][0], "t+2 head") for label in (whs, other)))
-    yield Claim("A", "WHS, joint training and differential rates are the best recipe", found,
-                "points", f"Top-1 at t+2 against the best other recipe on another seed ({other}); "
-                f"next-token loss against their controls {nats_lost(whs):+.3f} and "
-                f"{nats_lost(other):+.3f} nats.", "recipes")
+    def lost(label):
+        return f"{part.nats(row[label]) - part.nats(control[label]):+.3f} nats"
+    joint = best_of(label for label in RECIPES if "joint" in label and "WHS" not in label)
+    best, whs = best_of(RECIPES), "WHS, joint, slower backbone"
+    other = best_of(label for label in RECIPES if label != whs)
+    narrower = estimate(
+        lambda h, m, frozen_h, base: 100 * ((h - m) - (frozen_h - base)) / part.asked, 0.5,
+        part[row[joint], HEAD], part[control[joint], LATER],
+        part[row["frozen"], HEAD], part["base", LATER])
+    yield Claim("Joint training narrows the gap to marginalisation", "points", narrower,
+                f"The gap at t+2 of {row[joint]}, to the base trained on without a head and "
+                "marginalised, against the gap of frozen heads to the base. Next-token loss "
+                f"against that control: {lost(joint)}.")
+    yield Claim("... but does not close it", "points",
+                part.points((control[best], LATER), (row[best], HEAD)),
+                f"Top-1 at t+2 of the best recipe, {row[best]}: {part.percent(row[best], HEAD)}; "
+                f"its control, marginalised: {part.percent(control[best], LATER)}. From scratch "
+                f"with equal compute: {part.percent('from scratch', HEAD)}, at "
+                f"{part.nats('from scratch'):.3f} next-token nats; the control has "
+                f"{part.nats(control[best]):.3f}.")
+    yield Claim("WHS, joint training and differential rates are the best recipe", "points",
+                part.points((row[whs], HEAD), (row[other], HEAD)),
+                f"Top-1 at t+2 against {row[other]}, the best other recipe on another seed. "
+                f"Next-token loss against their controls: {lost(whs)} and {lost(other)}.")
 
 
-METHODS = {"MTP4": (1, 2, 3, 4), "leap": (1, 3, 5, 7)}
+# ----------------------------------------------------------------------------------------------
+# Paper B
 
-
-def tokens_at(g, offsets):
-    """The papers' formula for tokens per step, if accuracy falls as exp(-g (offset - 1))."""
-    return expected_tokens_per_step(np.exp(-g * (o - 1)) for o, _ in draft_sources(offsets).values())
+def tokens_at(g, method):
+    """The formula for tokens per step, if accuracy falls with the offset o as exp(-g (o - 1))."""
+    sources = draft_sources(METHODS[method]).values()
+    return expected_tokens_per_step(np.exp(-g * (o - 1)) for o, _ in sources)
 
 
 def break_even():
-    """The attenuation below which leap is expected to write more tokens per step than MTP4."""
+    """The attenuation g below which leap is expected to write more tokens per step than MTP4."""
     grid = np.linspace(0.001, 1, 1000)
-    return max(g for g in grid if tokens_at(g, METHODS["leap"]) > tokens_at(g, METHODS["MTP4"]))
+    return max(g for g in grid if tokens_at(g, "leap") > tokens_at(g, "MTP4"))
 
 
 def attenuation(accuracy):
-    """Mean accuracy over offsets 2..7 of each window (W,) -> the g that would give it."""
+    """Mean accuracy (W,) over offsets 2..7 of windows -> the g that would give it (W,)"""
     grid = np.linspace(0, 5, 5001)
     return np.interp(-accuracy, -np.exp(-grid[:, None] * np.arange(1, 7)).mean(1), grid)
 
 
-def per_window(part):
-    """Of both corpora: attenuation (W,), measured with the seed that selects; and {what: (seeds,
-    W)} of the steps and tokens of both methods."""
-    swept = part.selected()
-    accuracy = [np.mean([swept[data][f"offset {o}"] for o in range(2, 8)], axis=0)
-                for data in ("python", "logs")]
-    found = {f"{m}, {what}": np.concatenate([part.get(data, f"{m}, {what}")
-                                             for data in ("python", "logs")], axis=1)
-             for m in METHODS for what in ("tokens", "steps")}
-    return attenuation(np.concatenate(accuracy)), found
+def by_attenuation(part):
+    """Of all windows: g (W,), as the seed that selects sees it; the tokens and steps of leap and
+    of MTP4, four arrays (seeds, W) in a list"""
+    swept = part.selecting()
+    accuracy = [np.mean([swept[data][f"offset {o}"] for o in range(2, 8)], 0) for data in swept]
+    arrays = [np.concatenate([part[data, f"{m}, {what}"] for data in swept], axis=1)
+              for m in ("leap", "MTP4") for what in ("tokens", "steps")]
+    return attenuation(np.concatenate(accuracy)), arrays
 
 
 def leap(part):
-    def both(data, a, b):
-        return [part.get(data, f"{m}, {what}") for m in (a, b) for what in ("tokens", "steps")]
-
-    def mean(data, m):
-        return part.get(data, f"{m}, tokens").mean() / part.get(data, f"{m}, steps").mean()
-    found = estimate(lambda a, b, c, d: a / b - c / d, 0.02, *both("python", "leap", "MTP4"))
-    sampled = estimate(lambda a, b: 112 * (1 / a - 1 / b), 0.02,
-                       *(part.get("python", f"{m}, sampled") for m in ("leap", "MTP4")))
-    yield Claim("B", "Leaping heads write more tokens per step than as many adjacent ones", found,
-                "tokens per step", "Offsets 1,3,5,7 against 1,2,3,4, on held-out Python source: "
-                f"{mean('python', 'leap'):.2f} against {mean('python', 'MTP4'):.2f}. On text "
-                f"sampled from the model the difference is {sampled['effect']:+.2f} "
-                f"[{sampled['low']:+.2f}, {sampled['high']:+.2f}]. Offsets 1..7, six heads, reach "
-                f"{mean('python', 'MTP7'):.2f}: leap saves three heads, not verified rows.", "leap")
-    g, found = per_window(part)
+    text, (g, arrays) = "python", by_attenuation(part)
+    four, seven, own = (part.tokens_per_step(text, m) for m in ("MTP4", "MTP7", "leap"))
+    written = 112  # tokens of a sampled text
+    sampled = estimate(lambda a, b: written / a - written / b, 0.02,
+                       part[text, "leap, sampled"], part[text, "MTP4, sampled"])
+    yield Claim("Leaping heads write more tokens per step than as many adjacent ones",
+                "tokens per step", part.per_step(text, "leap", text, "MTP4"),
+                f"Offsets 1,3,5,7 against 1,2,3,4 on held-out Python source: {own:.2f} against "
+                f"{four:.2f}. On text sampled from the model the difference is "
+                f"{numbers(sampled)}. Offsets 1..7, with six heads, reach {seven:.2f}: what "
+                "leaping saves is three heads, not verified rows.")
     below = g < break_even()
-    arrays = [a * side for side in (below, ~below) for a in found.values()]
-    where = f"{below.sum()} windows lie below it, {(~below).sum()} above"
-    found = estimate(map_effect, 0.0, *arrays)
-    yield Claim("B", "Leaping wins below the break-even of attenuation, and loses above", found,
-                "tokens per step", f"The break-even is g = {break_even():.2f}; {where} (Python "
-                "source and logs; g of a window is measured with another seed). The effect is the "
-                "smaller of leap's gain below and its loss above.", "leap")
-    found = estimate(lambda a, tokens, steps: 100 * ((1 + a) / (tokens / steps) - 1), 2.0,
-                     *(part.get("python", f"leap, {what}")
-                       for what in ("accepted", "tokens", "steps")))
-    yield Claim("B", "Acceptance, averaged over positions, promises too many tokens per step",
-                found, "%", "The theorem holds for the acceptance of the steps that are made. "
-                "Averaged over all positions it overstates: a decoder takes long steps through "
-                "easy text, so most of its steps begin where text is hard.", "leap")
-
-
-def map_effect(mt, ms, lt, ls, MT, MS, LT, LS):
-    """Tokens and steps of MTP4 and leap, below and above the break-even -> the smaller of leap's
-    gain below and its loss above."""
-    return np.minimum(lt / ls - mt / ms, MT / MS - LT / LS)
+    both = estimate(
+        lambda a, b, c, d, A, B, C, D: np.minimum(a / b - c / d, C / D - A / B), 0.0,
+        *(array * side for side in (below, ~below) for array in arrays))
+    yield Claim("Leaping wins below the break-even of attenuation, and loses above",
+                "tokens per step", both,
+                f"The break-even is g = {break_even():.2f}; {below.sum()} windows of Python source "
+                f"and logs lie below, {(~below).sum()} above, as another seed sees them. The "
+                "effect is the smaller one of leap's gain below and its loss above.")
+    averaged = estimate(lambda a, b, c: 100 * ((1 + a) / (b / c) - 1), 2.0, *(
+        part[text, f"leap, {what}"] for what in ("accepted", "tokens", "steps")))
+    yield Claim("Averaged over positions, acceptance promises too many tokens per step", "%",
+                averaged, "The theorem holds for the acceptance of the steps that are made. The "
+                "average over all positions is another one: a decoder takes long steps through "
+                "easy text, so most of its steps begin where text is hard.")
 
 
 def stages(part):
-    two, one = "two stages", "one stage"
-    found = estimate(lambda a, b, c, d: a / b - c / d, 0.02, *(
-        part.get(row, f"leap, {what}") for row in (two, one) for what in ("tokens", "steps")))
-    nats = {row: part.get(row, "nats").mean() / part.P for row in part.rows}
-    yield Claim("B", "Two stages write more tokens per step than one gentle stage", found,
-                "tokens per step", "Heads first, on the model's own text, then all at a hundredth "
-                "of the rate; against all at once at these rates, with equal compute. Next-token "
-                f"loss {nats[two]:.3f} and {nats[one]:.3f} nats.")
-    found = estimate(lambda c, l: (c - l) / part.P, 0.005, part.get("trained on", "nats"),
-                     part.get(two, "nats"))
-    yield Claim("B", "L-MTP's fine-tuning makes the next-token model better", found, "nats",
-                f"Next-token loss {nats[two]:.3f}; control: the base trained on without heads, "
-                f"with as many steps at the same rate, {nats['trained on']:.3f}; the untouched "
-                f"base {nats['base']:.3f}. The paper saw it on models of 3 to 12 billion.")
+    two, one, control = "two stages", "one stage", "trained on"
+    yield Claim("Two stages write more tokens per step than one gentle stage", "tokens per step",
+                part.per_step(two, "leap", one, "leap"),
+                "Heads alone on the model's own text, then everything at a hundredth of their "
+                "rate; against everything at once at these rates, with equal compute. Next-token "
+                f"loss: {part.nats(two):.3f} and {part.nats(one):.3f} nats.")
+    better = estimate(lambda c, l: (c - l) / part.asked, 0.005, part[control, "nats"],
+                      part[two, "nats"])
+    yield Claim("L-MTP's fine-tuning makes the next-token model better", "nats", better,
+                f"Next-token loss: {part.nats(two):.3f} nats; control, the base trained on without "
+                f"heads, as long and at the same rate: {part.nats(control):.3f}; untouched base: "
+                f"{part.nats('base'):.3f}. The paper's models have 3 to 12 billion parameters.")
 
 
-def steps_of(part, row):
-    """Steps to 90% of each judging seed (seeds, 1), and whether it got there."""
-    found = part.rows[row]
-    seeds = [s for s in sorted(found) if s != str(SELECT)]
-    steps = np.array([[found[s]["steps"]] for s in seeds], float)
-    return steps, np.array([found[s]["curve"][-1] >= 0.9 for s in seeds])
-
-
-def faster(part, pairs, costs=(1, 1)):
-    """How many doublings faster the second row of each pair learns than the first, the mean over
-    pairs. Pairs of which neither learns with some seed say nothing and are left out."""
-    said = []
+def sooner(part, pairs, cost=1.0):
+    """How many doublings sooner the second row of each pair is right than the first, the mean
+    over pairs; its steps count `cost` times. A pair of which neither learns says nothing."""
+    said = [np.full((2, 1), np.nan)]
     for pair in pairs:
-        (a, a_there), (b, b_there) = (steps_of(part, row) for row in pair)
-        if (a_there | b_there).all():
-            said.append(np.log2(a * costs[0]) - np.log2(b * costs[1]))
-    if not said:
-        said = [np.full((2, 1), np.nan)]
-    return estimate(lambda d: d, 0.14, np.mean(said, axis=0))
+        a, b = (part[row, "steps"][:, None] for row in pair)
+        learnt = [found["curve"][-1] >= 0.9 for row in pair for found in part.rows[row].values()]
+        if all(x or y for x, y in zip(learnt[:len(a)], learnt[len(a):])):
+            said.append(np.log2(a) - np.log2(cost * b))
+    return estimate(lambda d: d, 0.14, np.mean(said[1:] or said, axis=0))
+
+
+def steps_of(part, rows):
+    return ", ".join(f"{row} {part[row, 'steps'].mean():.0f}" for row in rows)
 
 
 def planning(part):
-    sizes = [n for n in part.size["bits"] if n >= 12]
-    found = faster(part, [(f"{n} bits, MTP", f"{n} bits, leap") for n in sizes])
-    short = ", ".join(f"{n} bits {m} {steps_of(part, f'{n} bits, {m}')[0].mean():.0f}"
-                      for n in part.size["bits"] for m in ("NTP", "MTP", "leap"))
-    yield Claim("B", "Leaping heads help to plan where adjacent ones see too little", found,
-                "doublings", "Steps until the first answer is right 90% of the time, of leap "
-                f"against MTP, for n >= 12 bits: {short} (at most {part.size['patience']}).",
-                "tasks")
+    long = [n for n in part.size["bits"] if n >= 12]
+    yield Claim("Leaping heads help to plan where adjacent ones see too little", "doublings",
+                sooner(part, [(f"{n} bits, MTP", f"{n} bits, leap") for n in long]),
+                "How much sooner leap gives the first answer, with equal compute, at 12 bits and "
+                f"more. Steps until it is right 90% of the time, {part.size['patience']} at most: "
+                f"{steps_of(part, part.rows)}.")
 
 
 def induction(part):
-    shape = Shape(2, 2, 64)
-    costs = [flops(shape, residual=r, context=48, vocab_size=48) for r in (0, 1)]
-    found = faster(part, [("NTP", "two tokens")], costs)
-    steps = ", ".join(f"{row} {steps_of(part, row)[0].mean():.0f}" for row in part.rows)
-    yield Claim("B", "The loss for two tokens makes a better next-token model", found, "doublings",
-                "Compute until the second token of a returning name is right 90% of the time, of "
-                f"offsets 1,2 against 1. Steps: {steps} (at most {part.size['patience']}). Gloeckle "
-                "et al. saw it up to 30 million parameters.", "tasks")
+    yield Claim("The loss for two tokens makes a better next-token model", "doublings",
+                sooner(part, [("NTP", "two tokens")], READER_COST),
+                "With how much less compute offsets 1,2 learn the second token of a name that "
+                f"returns. Steps until 90% are right, {part.size['patience']} at most: "
+                f"{steps_of(part, part.rows)}. Gloeckle et al. saw it below 100 million parameters.")
 
 
-PARTS = (scale, translation, frozen, layers, recipes, leap, stages, planning, induction)
-
-
-def load(results, name):
-    """The results of a part: patient, else quick, else None. -> Part"""
-    for size in ("patient", "quick"):
-        path = results / f"study_{size}_{name}.json"
-        if path.exists():
-            return Part(path, size)
+PAPERS = {"Paper A": (scale, translation, frozen, layers, recipes),
+          "Paper B": (leap, stages, planning, induction)}
 
 
 # ----------------------------------------------------------------------------------------------
-# Figures. Each draws the parts that it needs, on the axes that it is given.
+# Figures. Each draws a part.
 
-def draw_scale(axes, parts):
-    """Accuracy and retention by size."""
-    part, x = parts["scale"], [row for row in parts["scale"].rows if "x" in row]
+def draw_scale(part, axis):
+    shapes = list(part.rows)[:-1]
     for top, style in (("", "o-"), ("top5 ", "s--")):
-        t1, t2 = (np.array([part.percent(row, f"{top}{what}") for row in x])
-                  for what in ("t+1", "t+2 marginalised"))
-        label = top.strip() or "top-1"
-        axes[0].plot(x, t1, style, color="C0", label=f"t+1, {label}")
-        axes[0].plot(x, t2, style, color="C3", label=f"t+2, {label}")
-        axes[1].plot(x, 100 * t2 / t1, style, color="C2", label=label)
-    axes[0].set(ylabel="accuracy, %", title="Next-token models, marginalised")
-    axes[1].set(ylabel="accuracy at t+2 / at t+1, %", title="Retention")
+        t1, t2 = ([100 * part[row, top + what].mean() / part.asked for row in shapes]
+                  for what in (NOW, LATER))
+        axis.plot(shapes, t1, style, color="C0", label=f"{top}t+1")
+        axis.plot(shapes, t2, style, color="C3", label=f"{top}t+2, marginalised")
+    axis.set(xlabel="layers x width", ylabel="accuracy, %")
 
 
-def draw_layers(axes, parts):
-    """Accuracy at t+2 by the layer that a head reads; accuracy by depth of the head."""
-    part = parts["layers"]
+def draw_layers(part, axis):
     for i, name in enumerate(dict.fromkeys(row.split(",")[0] for row in part.rows)):
-        rows = [row for row in part.rows if row.startswith(name)]
+        rows = [row for row in part.rows if name in row]
+        right = [100 * part[row, HEAD].mean(1) / part.asked for row in rows]  # (layers, seeds)
         read = [int(row.split()[-1]) for row in rows]
-        right = np.array([part.get(row, "t+2 head").mean(1) for row in rows]) * 100 / part.P
-        axes[0].plot(np.array(read) / max(read), right.mean(1), "o-", color=f"C{i}", label=name)
-        axes[0].plot(np.array(read) / max(read), right, ".", color=f"C{i}", alpha=0.5)
-    axes[0].set(xlabel="layer that the head reads, of all", ylabel="top-1 at t+2, %",
-                title="Heads on a frozen backbone")
-    part = parts["frozen"]
-    for depth in part.size["depths"]:
-        rows = [f"{depth} layers, {steps} steps" for steps in part.size["plateau"]]
-        right = [100 * sum(part.selected()[row]["t+2 head"]) / part.asked for row in rows]
-        axes[1].plot(part.size["plateau"], right, "o-", label=f"{depth} layers per head")
-    marginalised = 100 * sum(part.selected()["backbone"]["t+2 marginalised"]) / part.asked
-    axes[1].axhline(marginalised, color="black", linestyle="--", label="marginalised")
-    axes[1].set(xlabel="steps", title="Deeper heads, the seed that selects")
+        axis.plot(read, np.mean(right, 1), "o-", color=f"C{i}", label=name)
+        axis.plot(read, right, ".", color=f"C{i}", alpha=0.4)
+    axis.set(xlabel="layer that the head reads", ylabel="top-1 at t+2, %")
 
 
-def draw_recipes(axes, parts):
-    """What recipes give at t+2 and take at t+1."""
-    part = parts["recipes"]
-    swept = part.selected()
-    base = part.get("base", "nats").mean() / part.P
-    for i, label in enumerate([*RECIPES, "from scratch"]):
-        for prefix, marker in (("", "o"), ("residual, ", "x")):
-            rows = [row for row in part.rows if row.startswith(f"{prefix}{label}") and
-                    set(part.rows[row]) != {str(SELECT)} and
-                    row.removeprefix(f"{prefix}{label}")[2:3].isdigit() | (label == row)]
-            for row in rows:
-                axes[0].plot(part.get(row, "nats").mean() / part.P - base,
-                             part.percent(row, "t+2 head"), marker, color=f"C{i}",
-                             label=label if not prefix else None)
-    for row, found in swept.items():
-        if "t+2 head" in found:
-            axes[1].plot((sum(found["nats"]) - sum(swept["base"]["nats"])) / part.asked,
-                         100 * sum(found["t+2 head"]) / part.asked, "o",
-                         color=f"C{[row.startswith(r + ', ' + row.split(', ')[-1][0]) for r in RECIPES].index(True)}")
-    marginalised = part.percent("base", "t+2 marginalised")
-    axes[0].axhline(marginalised, color="black", linestyle="--", label="base, marginalised")
-    axes[0].set(ylabel="top-1 at t+2, %", title="Chosen configurations (x: residual heads)")
-    axes[1].set(title="All configurations, the seed that selects")
-    for axis in axes:
-        axis.set_xlabel("next-token nats against the untouched base")
+def draw_recipes(part, axis):
+    for row, by_seed in part.rows.items():
+        kind = row.removeprefix("residual, ").rsplit(", ", 1)[0]
+        if by_seed.keys() != {str(SELECT)} and HEAD in next(iter(by_seed.values())):
+            axis.plot(part.nats(row) - part.nats("base"),
+                      100 * part[row, HEAD].mean() / part.asked,
+                      "x" if "residual" in row else "o",
+                      color=f"C{[*RECIPES, 'from scratch'].index(kind)}",
+                      label=row.rsplit(", ", 1)[0])
+    axis.axhline(100 * part["base", LATER].mean() / part.asked, color="black", linestyle="--",
+                 label="base, marginalised")
+    axis.set(xlabel="next-token nats, against the base", ylabel="top-1 at t+2, %")
 
 
-def draw_leap(axes, parts):
-    """Leap's gain in tokens per step against attenuation; acceptance by offset."""
-    part = parts["leap"]
-    g, found = per_window(part)
-    data = np.repeat(["python", "logs"], len(g) // 2)
-    for i, name in enumerate(("python", "logs")):
-        inside = np.flatnonzero(data == name)
-        bins = np.array_split(inside[np.argsort(g[inside])], 8)
-        gain = [[found[f"{m}, tokens"][:, b].sum() / found[f"{m}, steps"][:, b].sum()
-                 for m in ("leap", "MTP4")] for b in bins]
-        axes[0].plot([g[b].mean() for b in bins], [a - b for a, b in gain], "o", color=f"C{i}",
-                     label=name)
-        offsets = range(2, 8)
-        axes[1].plot(offsets, [100 * part.get(name, f"offset {o}").mean() for o in offsets], "o-",
-                     color=f"C{i}", label=name)
-    x = np.linspace(0.02, max(g), 200)
-    axes[0].plot(x, [tokens_at(v, METHODS["leap"]) - tokens_at(v, METHODS["MTP4"]) for v in x],
-                 color="gray", label="formula")
-    axes[0].axvline(break_even(), color="black", linestyle=":", label="break-even")
-    axes[0].axhline(0, color="black", linewidth=0.5)
-    axes[0].set(xlabel="attenuation g", ylabel="tokens per step, leap - MTP4",
-                title="When leaping wins (eighths of the windows)")
-    axes[1].set(xlabel="offset", ylabel="accuracy, %", title="Attenuation")
+def draw_leap(part, axis):
+    g, arrays = by_attenuation(part)
+    half = len(g) // 2
+    for i, (name, windows) in enumerate(zip(part.rows, (range(half), range(half, 2 * half)))):
+        for one in np.array_split(sorted(windows, key=lambda w: g[w]), 8):
+            a, b, c, d = (array[:, one].sum() for array in arrays)
+            axis.plot(g[one].mean(), a / b - c / d, "o", color=f"C{i}", label=name)
+    x = np.linspace(0.02, g.max(), 200)
+    axis.plot(x, [tokens_at(v, "leap") - tokens_at(v, "MTP4") for v in x], "gray", label="formula")
+    axis.axvline(break_even(), color="black", linestyle=":", label="break-even")
+    axis.axhline(0, color="black", linewidth=0.5)
+    axis.set(xlabel="attenuation g, eighths of the windows", ylabel="tokens per step, leap - MTP4")
 
 
-def draw_tasks(axes, parts):
-    """Learning curves of the seeds: planning with the most bits, and induction."""
-    for axis, name in zip(axes, ("planning", "induction")):
-        part = parts[name]
-        rows = [row for row in part.rows
-                if name == "induction" or row.startswith(f"{part.size['bits'][-1]} bits")]
-        for i, row in enumerate(rows):
-            for j, seed in enumerate(sorted(part.rows[row])):
-                curve = part.rows[row][seed]["curve"]
-                steps = EVERY * np.arange(1, len(curve) + 1)
-                axis.plot(steps, [100 * a for a in curve], color=f"C{i}", alpha=0.7,
-                          label=row if j == 0 else None)
-        axis.set(xlabel="steps", ylabel="right, %", title=name)
+def draw_task(part, axis):
+    for i, row in enumerate(list(part.rows)[-3:]):
+        for found in part.rows[row].values():
+            curve = [100 * a for a in found["curve"]]
+            axis.plot(EVERY * np.arange(1, 1 + len(curve)), curve, color=f"C{i}", label=row)
+    axis.set(xlabel="steps", ylabel="right, %", ylim=(0, 100))
 
 
-FIGURES = dict(scale=(draw_scale, ["scale"]), layers=(draw_layers, ["layers", "frozen"]),
-               recipes=(draw_recipes, ["recipes"]), leap=(draw_leap, ["leap"]),
-               tasks=(draw_tasks, ["planning", "induction"]))
+FIGURES = dict(scale=draw_scale, layers=draw_layers, recipes=draw_recipes, leap=draw_leap,
+               planning=draw_task, induction=draw_task)
 
 
 def draw(parts, folder, plt):
-    """Draw what the results allow."""
-    for name, (function, needs) in FIGURES.items():
-        if not all(parts.get(n) for n in needs):
-            continue
-        figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-        function(axes, parts)
-        for axis in axes:
-            axis.legend(fontsize=7)
+    """Draw the figures of the parts that are there into a folder."""
+    for name in FIGURES.keys() & parts.keys():
+        figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
+        FIGURES[name](parts[name], axis)
+        lines, labels = axis.get_legend_handles_labels()
+        axis.legend(*zip(*{label: (line, label) for line, label in zip(lines, labels)}.values()),
+                    fontsize=7)
         figure.savefig(folder / f"study_{name}.png", dpi=90)
         plt.close(figure)
 
@@ -434,62 +358,71 @@ def draw(parts, folder, plt):
 # ----------------------------------------------------------------------------------------------
 # The page
 
+def load(folder):
+    """{name: Part} of the results in a folder"""
+    parts = {}
+    for size in ("quick", "patient"):
+        for f in sum(PAPERS.values(), ()):
+            path = folder / f"study_{size}_{f.__name__}.json"
+            if path.exists():
+                parts[f.__name__] = Part(path, size)
+    return parts
+
+
 def judge(parts):
-    """-> [(Claim, verdict, size, command)]; Holm's family is all claims of a size."""
-    claims = [(claim, part) for f in PARTS if (part := parts.get(f.__name__)) for claim in f(part)]
-    judged = []
-    for size in ("patient", "quick"):
-        family = [(claim, part) for claim, part in claims if part.name == size]
-        adjusted = holm([claim.found["p"] for claim, _ in family])
-        judged += [(claim, verdict(claim.found, p), part)
-                   for (claim, part), p in zip(family, adjusted)]
-    return sorted(judged, key=lambda j: [c.title for c, _ in claims].index(j[0].title))
+    """-> {name of a part: [(Claim, verdict)]}; the family is all claims of a size."""
+    claims = [(name, claim) for f in sum(PAPERS.values(), ()) if (name := f.__name__) in parts
+              for claim in f(parts[name])]
+    judged = {name: [] for name, _ in claims}
+    for size in ("quick", "patient"):
+        family = [(name, claim) for name, claim in claims if parts[name].size_name == size]
+        for (name, claim), p in zip(family, holm([claim.found["p"] for _, claim in family])):
+            judged[name].append((claim, verdict(claim.found, p)))
+    return judged
 
 
-def page(judged, drawn):
-    """The generated half of docs/findings.md."""
-    lines = ["| paper | claim | verdict | effect [95% interval] |", "|---|---|---|---|"]
-    for claim, found, part in judged:
-        lines.append(f"| {claim.paper} | {claim.title} | {found} | {numbers(claim)} |")
-    for paper, title in (("A", "Paper A"), ("B", "Paper B")):
+def numbers(found, unit=""):
+    """An effect and its interval in words."""
+    if not np.isfinite(found["low"]):
+        return "nothing to compare"
+    digits = 3 if unit == "nats" else 2
+    effect, low, high = (f"{found[k]:+.{digits}f}" for k in ("effect", "low", "high"))
+    return f"{effect} [{low}, {high}] {unit}".strip()
+
+
+def page(parts, judged, folder):
+    """The generated part of docs/findings.md."""
+    lines = ["| claim | verdict | effect [95% interval] |", "|---|---|---|"]
+    for claim, found in sum(judged.values(), []):
+        lines.append(f"| {claim.title} | {found} | {numbers(claim.found, claim.unit)} |")
+    for title, functions in PAPERS.items():
         lines += ["", f"## {title}"]
-        shown = set()
-        for claim, found, part in (j for j in judged if j[0].paper == paper):
-            seeds = ", ".join(f"{e:+.2f}" for e in claim.found["by_seed"])
-            lines += ["", f"### {claim.title}: {found}", "",
-                      f"Effect: {numbers(claim)}, smallest effect of interest "
-                      f"{claim.found['smallest']:g}; by seed {seeds}. {claim.text}", "",
-                      f"`{part.command}`"]
-            if claim.figure in drawn and claim.figure not in shown:
-                lines += ["", f"![](../experiments/results/study_{claim.figure}.png)"]
-                shown.add(claim.figure)
+        for name in (f.__name__ for f in functions if f.__name__ in parts):
+            for claim, found in judged[name]:
+                seeds = " ".join(f"{e:+.3g}" for e in claim.found["by_seed"])
+                lines += ["", f"### {claim.title}: {found}", "", claim.text, "",
+                          f"Effect: {numbers(claim.found, claim.unit)} (smallest of interest "
+                          f"{claim.found['smallest']:g}; by seed {seeds})."]
+            lines += ["", f"`{parts[name].command}`"]
+            if (folder / f"study_{name}.png").exists():
+                lines += ["", f"![{name}](../experiments/results/study_{name}.png)"]
     return "\n".join(lines) + "\n"
 
 
-def numbers(claim):
-    """An effect and its interval in words."""
-    low, high = claim.found["low"], claim.found["high"]
-    if not np.isfinite(low):
-        return "none was learnt"
-    digits = 3 if claim.unit == "nats" else 2
-    return f"{claim.found['effect']:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}] {claim.unit}"
-
-
-def main(results=RESULTS, out=PAGE):
+def main(folder=RESULTS, out=PAGE):
     """Write the figures and the page."""
     with one_line_errors("findings.py", memory="nothing"):
-        parts = {f.__name__: part for f in PARTS if (part := load(Path(results), f.__name__))}
+        parts = load(folder)
         try:
-            draw(parts, Path(results), import_pyplot())
+            draw(parts, folder, import_pyplot())
         except InputError as error:  # the figures that are there stay
             print(f"no new figures: {error}", file=sys.stderr)
-        drawn = [name for name in FIGURES if (Path(results) / f"study_{name}.png").exists()]
         judged = judge(parts)
-        before, rest = Path(out).read_text().split(MARKS[0])
-        write_whole(out, before + MARKS[0] + page(judged, drawn) + MARKS[1]
-                    + rest.split(MARKS[1])[1])
-        for claim, found, part in judged:
-            print(f"{claim.paper}  {found:10}  {numbers(claim):40}  {claim.title} ({part.name})")
+        before, rest = out.read_text().split(MARKS[0])
+        after = rest.split(MARKS[1])[1]
+        write_whole(out, before + MARKS[0] + page(parts, judged, folder) + MARKS[1] + after)
+        for claim, found in sum(judged.values(), []):
+            print(f"{found:10}  {numbers(claim.found, claim.unit):40}  {claim.title}")
 
 
 if __name__ == "__main__":

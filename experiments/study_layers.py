@@ -25,7 +25,7 @@ def frozen(study, seed):
     for depth in study.size.depths:
         lengths = study.size.plateau
         if swept:
-            lengths = [plateau(swept, depth, lengths)]
+            lengths = [plateau(swept, depth, lengths, study.size.positions)]
         for steps in lengths:
             run = study.run(f"frozen-{depth}-{steps}", seed, base, lr=study.size.rates[-1],
                             head_layers=depth, steps=steps, **HEADS)
@@ -33,13 +33,12 @@ def frozen(study, seed):
     return rows
 
 
-def plateau(rows, depth, lengths):
+def plateau(rows, depth, lengths, positions):
     """The shortest training that twice as much improves by less than half a point, else the
     longest."""
     for short, long in zip(lengths, lengths[1:]):
         right = [rows[f"{depth} layers, {steps} steps"]["t+2 head"] for steps in (short, long)]
-        questions = len(right[0]) * 32
-        if (sum(right[1]) - sum(right[0])) / questions < 0.005:
+        if (sum(right[1]) - sum(right[0])) / len(right[0]) / positions < 0.005:
             return short
     return lengths[-1]
 
@@ -53,7 +52,7 @@ def layers(study, seed):
         name, L = f"{shape.n_layer}x{shape.n_embd}", shape.n_layer
         steps = study.size.steps if shape == study.size.base else study.size.deep_steps
         base = study.base(seed, shape=shape, steps=steps)
-        for layer in range(1, L + 1) if L < 8 else (L // 4, L // 2, 3 * L // 4, L - 1, L):
+        for layer in range(1, L + 1) if L < 8 else (L // 3, 2 * L // 3, L - 1, L):
             start = reading(study, base, layer, seed)
             run = study.run(f"reads-{name}-{layer}", seed, start, shape=shape, whs=True,
                             lr=study.size.rates[-1], **HEADS)

@@ -22,7 +22,7 @@ def leap(study, seed):
     """-> {"python", "logs": drafting of heads on a frozen backbone}"""
     rows = {}
     for data in ("python", "logs"):
-        base = study.base(seed, data)
+        base = study.base(seed, data, steps=study.size.steps // (2 if data == "logs" else 1))
         heads = study.run(f"heads7-{data}", seed, base, data, offsets="1,2,3,4,5,6,7",
                           backbone_lr=0, lr=study.size.rates[-1])
         rows[data] = study.measured(heads, drafting, data=data)

@@ -20,7 +20,7 @@ RECIPES = {  # label: options of train.py, scales of the backbone's rate
     "warm-up, then joint": (dict(), (0.1,)),
     "WHS, joint, slower backbone": (dict(whs=True), (0.1, 0.02)),
 }
-SECOND_COLUMN = ("frozen", "joint", "WHS, joint, slower backbone")  # residual heads as well
+SECOND_COLUMN = ("frozen", "joint")  # with residual heads as well
 MOST_LOST = 0.02  # nats
 
 
@@ -32,7 +32,7 @@ def recipes(study, seed):
     for label, (options, scales) in RECIPES.items():
         configs = [(scale, rate) for scale in scales for rate in study.size.rates]
         if swept:
-            configs = [chosen(swept, label)]
+            configs = [chosen(swept, label, study.size.positions)]
         for scale, rate in configs:
             name = f"{label}, {scale:g} x {rate:g}"
             rows[name] = adapted(study, seed, base, name, scale, rate, head_kind="block", **options)
@@ -76,18 +76,18 @@ def scratch(study, seed):
     return study.run("scratch", seed, offsets="1,2", head_kind="block", steps=steps)
 
 
-def lost(rows, name):
+def lost(rows, name, positions):
     """Nats per token that a row lost against its control."""
     row = rows[name]
     control = rows[control_of(row["scale"], row["rate"])]
-    return (sum(row["nats"]) - sum(control["nats"])) / len(row["nats"]) / 32
+    return (sum(row["nats"]) - sum(control["nats"])) / len(row["nats"]) / positions
 
 
-def chosen(rows, label):
+def chosen(rows, label, positions):
     """The configuration of a recipe, on the seed that selects. -> scale, rate"""
     names = [name for name in rows if name.startswith(f"{label}, ") and "rate" in rows[name]
              and name.removeprefix(f"{label}, ")[0].isdigit()]
-    fine = [name for name in names if lost(rows, name) <= MOST_LOST]
+    fine = [name for name in names if lost(rows, name, positions) <= MOST_LOST]
     best = max(fine, key=lambda name: sum(rows[name]["t+2 head"])) if fine else \
-        min(names, key=lambda name: lost(rows, name))
+        min(names, key=lambda name: lost(rows, name, positions))
     return rows[best]["scale"], rows[best]["rate"]

@@ -5,7 +5,7 @@ again when something that they were made from is newer: the rule of make.
 """
 import json
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,28 +34,29 @@ class Size:
     """How large the study is. Everything else is the same in every size."""
     seeds: tuple            # those that judge
     base: Shape             # the backbone of most parts
-    small: tuple            # smaller ones, to see what size does
     deep: Shape             # "large models specialise early"; None: left out
-    steps: int              # to train a base
-    deep_steps: int         # to train the deep one
+    steps: int              # to train a base,
+    deep_steps: int         # ... the deep one,
+    pair_steps: int         # ... one that translates; 0: left out
     adapt: int              # to add heads to it
     plateau: tuple          # lengths of training frozen heads, each twice the one before
     depths: tuple           # transformer layers per frozen head
     rates: tuple            # learning rates of heads, of which the best is chosen
     bits: tuple             # of the planning task
     patience: int           # steps after which a task is given up
+    small: tuple = (Shape(1, 1, 16), Shape(2, 2, 32))  # smaller backbones
     windows: int = 192      # held-out windows...
     positions: int = 32     # ... and positions asked in each
 
 
-SIZES = dict(quick=Size(
-    seeds=(1, 2, 3), base=Shape(4, 2, 64), small=(Shape(1, 1, 16), Shape(2, 2, 32)), deep=None,
-    steps=1500, deep_steps=0, adapt=400, plateau=(400, 800), depths=(1, 2), rates=(2e-3, 6e-3),
-    bits=(9, 12), patience=600))
-SIZES["patient"] = replace(
-    SIZES["quick"], seeds=(1, 2, 3, 4, 5), deep=Shape(12, 4, 128), steps=6000, deep_steps=2500, adapt=1000,
-    plateau=(500, 1000, 2000), depths=(1, 2, 4), rates=(1e-3, 3e-3, 1e-2), bits=(9, 12, 14, 16),
-    patience=2000)
+SIZES = dict(
+    quick=Size(seeds=(1, 2, 3), base=Shape(3, 2, 64), deep=None, steps=1200, deep_steps=0,
+               pair_steps=0, adapt=400, plateau=(400, 800), depths=(1, 2), rates=(2e-3, 6e-3),
+               bits=(), patience=0),
+    patient=Size(seeds=(1, 2, 3, 4, 5), base=Shape(4, 2, 64), deep=Shape(12, 4, 128), steps=4000,
+                 deep_steps=2000, pair_steps=3000, adapt=800, plateau=(500, 1000, 2000),
+                 depths=(1, 2, 4), rates=(1e-3, 3e-3, 1e-2), bits=(9, 12, 14, 16),
+                 patience=2000))
 
 
 def flops(shape, heads=0, residual=0, frozen=False, context=128, vocab_size=257):

@@ -27,7 +27,7 @@ def scale(study, seed):
 
 def two_byte_table(study, run):
     """The control: what most often follows in the training text, one byte beyond the next, after
-    the two bytes that end the context. -> {"t+2": right ones per window}"""
+    the two bytes that end the context. -> {"t+2 marginalised": ...}"""
     model, corpus = study.load(run)
     V, text = corpus.vocab_size, np.asarray(corpus.train).astype(np.int64)
     seen = np.bincount((text[:-3] * V + text[1:-2]) * V + text[3:], minlength=V ** 3)
@@ -35,14 +35,15 @@ def two_byte_table(study, run):
     windows, position = questions(corpus, model.gpt.config.block_size, 2, study.size.windows,
                                   study.size.positions)
     before, last, later = (windows.gather(1, position + i) for i in (-1, 0, 2))  # (W, P)
-    return {"t+2": (guess[before * V + last] == later).sum(1).tolist()}
+    return {"t+2 marginalised": (guess[before * V + last] == later).sum(1).tolist()}
 
 
 def translation(study, seed):
     """-> {"its English", "another English": foresee of that model, on its own held-out pairs}"""
     rows = {}
     for name, data in (("its English", "multi30k"), ("another English", shuffled(study))):
-        run = study.base(seed, data, block_size=256, batch_size=4)
+        run = study.base(seed, data, block_size=256, batch_size=4,
+                         steps=study.size.pair_steps)
         rows[name] = study.measured(run, foresee)
     return rows
 

@@ -18,12 +18,13 @@ from types import SimpleNamespace
 import torch
 
 import train
-from experiments.study_runs import Shape, kept
+from experiments.study_runs import Shape, flops, kept
 from heads import HeadsConfig, MultiTokenGPT
 from model import GPT, GPTConfig
 
 PLANNERS = {"NTP": "1", "MTP": "1,2,3,4", "leap": "1,3,5,7"}
 READERS = {"NTP": ["1"], "two tokens": ["1,2"], "two tokens, forward": ["1,2", "forward"]}
+READER = Shape(2, 2, 64)
 EVERY, BATCH = 25, 32  # steps between questions, samples in a step
 
 
@@ -35,6 +36,8 @@ def parities(n, batch_size, generator):
 
 
 NAMES, WORDS, CAST, SENTENCES = 32, 16, 4, 16
+READER_COST = (flops(READER, residual=1, context=3 * SENTENCES, vocab_size=NAMES + WORDS)
+               / flops(READER, context=3 * SENTENCES, vocab_size=NAMES + WORDS))
 
 
 def stories(batch_size, generator):
@@ -72,7 +75,7 @@ def induction(study, seed):
     """-> {METHOD: what `learn` found about the second tokens of names that return}"""
     return {label: kept(
         study.folder / f"induction-{label}-s{seed}.json".replace(" ", "-"), (),
-        lambda: learn(study, stories, *how, seed=seed, shape=Shape(2, 2, 64),
+        lambda: learn(study, stories, *how, seed=seed, shape=READER,
                       vocab_size=NAMES + WORDS))
         for label, how in READERS.items()}
 

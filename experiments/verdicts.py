@@ -35,7 +35,8 @@ def estimate(statistic, smallest, *arrays, n=10_000):
     arrays = [np.asarray(a, dtype=float) for a in arrays]
     by_seed, by_window = resample(*arrays[0].shape, n)
     means = [((by_seed @ a) * by_window).sum(1) for a in arrays]  # (n,) each
-    found = statistic(*means)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found = statistic(*means)
     if not np.isfinite(found).all():  # of nothing, or over nothing
         return dict(effect=np.nan, low=-np.inf, high=np.inf, smallest=smallest, p=1.0, by_seed=[])
     low, high = np.quantile(found, [0.025, 0.975])
