@@ -52,7 +52,8 @@ class Part:
 
     def selecting(self):
         """{row: {what: ...}} of the seed that selects."""
-        return {row: found[str(SELECT)] for row, found in self.rows.items() if str(SELECT) in found}
+        first = str(SELECT)
+        return {row: found[first] for row, found in self.rows.items() if first in found}
 
     def percent(self, row, what):
         """Accuracy over all judging seeds and windows."""
@@ -90,7 +91,8 @@ def scale(part):
                 part.points((large, LATER), (table, LATER), 1.0),
                 f"Top-1 at t+2, marginalised: {part.percent(large, LATER)}. Control: a table of "
                 f"what most often follows two bytes, {part.percent(table, LATER)}.")
-    five = [part[r, f"top5 {LATER}"].mean() / part[r, f"top5 {NOW}"].mean() for r in (large, small)]
+    five = [part[row, f"top5 {LATER}"].mean() / part[row, f"top5 {NOW}"].mean()
+            for row in (large, small)]
     yield Claim("The larger the model, the more of what it knows reaches t+2", "points",
                 part.retention(large, small),
                 f"Retention (accuracy at t+2 over t+1) of {large} against {small}, layers x width."
@@ -102,8 +104,8 @@ def translation(part):
     yield Claim("A source sentence pins later tokens down", "points", part.retention(its, other),
                 "Retention on German after its English, against a model trained and asked with "
                 "another caption's. The English is worth "
-                f"{part.nats(other) - part.nats(its):.3f} nats per byte at t+1; a model that gains "
-                "little has not learnt to translate, as the paper's models had.")
+                f"{part.nats(other) - part.nats(its):.3f} nats per byte at t+1; a model that "
+                "gains little has not learnt to translate, as the paper's models had.")
 
 
 def frozen(part):
@@ -130,7 +132,8 @@ def layers(part):
         best = max(right.keys() - {last}, key=right.get)
         yield Claim(title, "points", part.points((best, HEAD), (last, HEAD)),
                     f"Heads for t+2 that read {best}, the best below the last on another seed, "
-                    f"against the last: {part.percent(best, HEAD)} and {part.percent(last, HEAD)}.")
+                    f"against the last: {part.percent(best, HEAD)} and "
+                    f"{part.percent(last, HEAD)}.")
 
 
 def recipes(part):
@@ -217,9 +220,9 @@ def leap(part):
         *(array * side for side in (below, ~below) for array in arrays))
     yield Claim("Leaping wins below the break-even of attenuation, and loses above",
                 "tokens per step", both,
-                f"The break-even is g = {break_even():.2f}; {below.sum()} windows of Python source "
-                f"and logs lie below, {(~below).sum()} above, as another seed sees them. The "
-                "effect is the smaller one of leap's gain below and its loss above.")
+                f"The break-even is g = {break_even():.2f}; {below.sum()} windows of Python "
+                f"source and logs lie below, {(~below).sum()} above, as another seed sees them. "
+                "The effect is the smaller one of leap's gain below and its loss above.")
     averaged = estimate(lambda a, b, c: 100 * ((1 + a) / (b / c) - 1), 2.0, *(
         part[text, f"leap, {what}"] for what in ("accepted", "tokens", "steps")))
     yield Claim("Averaged over positions, acceptance promises too many tokens per step", "%",
@@ -238,9 +241,9 @@ def stages(part):
     better = estimate(lambda c, l: (c - l) / part.asked, 0.005, part[control, "nats"],
                       part[two, "nats"])
     yield Claim("L-MTP's fine-tuning makes the next-token model better", "nats", better,
-                f"Next-token loss: {part.nats(two):.3f} nats; control, the base trained on without "
-                f"heads, as long and at the same rate: {part.nats(control):.3f}; untouched base: "
-                f"{part.nats('base'):.3f}. The paper's models have 3 to 12 billion parameters.")
+                f"Next-token loss: {part.nats(two):.3f} nats; control, the base trained on "
+                "without heads, as long and at the same rate: "
+                f"{part.nats(control):.3f}; untouched base: {part.nats('base'):.3f}. The paper's models have 3 to 12 billion parameters.")
 
 
 def sooner(part, pairs, cost=1.0):
@@ -273,7 +276,8 @@ def induction(part):
                 sooner(part, [("NTP", "two tokens")], READER_COST),
                 "With how much less compute offsets 1,2 learn the second token of a name that "
                 f"returns. Steps until 90% are right, {part.size['patience']} at most: "
-                f"{steps_of(part, part.rows)}. Gloeckle et al. saw it below 100 million parameters.")
+                f"{steps_of(part, part.rows)}. Gloeckle et al. (arXiv 2404.19737) saw it below 100 "
+                "million parameters.")
 
 
 PAPERS = {"Paper A": (scale, translation, frozen, layers, recipes),

@@ -35,7 +35,8 @@ def recipes(study, seed):
             configs = [chosen(swept, label, study.size.positions)]
         for scale, rate in configs:
             name = f"{label}, {scale:g} x {rate:g}"
-            rows[name] = adapted(study, seed, base, name, scale, rate, head_kind="block", **options)
+            rows[name] = adapted(study, seed, base, name, scale, rate, head_kind="block",
+                                 **options)
             rows[control_of(scale, rate)] = trained_on(study, seed, base, scale, rate)
             if swept and label in SECOND_COLUMN:
                 name = f"residual, {name}"

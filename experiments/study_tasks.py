@@ -9,8 +9,8 @@ adjacent ones (offset 4: n - 3 bits). So leap should separate from MTP where n -
 Induction asks for names of two random tokens in stories of fixed phrases: when a name returns,
 its first token tells the second to whoever looks back (Gloeckle et al. 2024, section 4.1).
 
-Trained: a small GPT on fresh samples, with a constant learning rate, until it is right 90% of the
-time or patience ends. Measured: the steps that it took, and its accuracy on the way.
+Trained: a small GPT on fresh samples, until it is right 90% of the time or patience ends.
+Measured: the steps that it took, and its accuracy on the way.
 """
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -89,7 +89,7 @@ def learn(study, samples, offsets, curriculum="none", *, seed, shape, vocab_size
     corpus = SimpleNamespace(batch=lambda *_: samples(BATCH, drawn)[0])
     args = train.parse_args([
         "--offsets", offsets, "--steps", str(study.size.patience), "--lr", str(lr),
-        "--final-lr", "1", "--curriculum", curriculum, "--dtype", "float32",
+        "--curriculum", curriculum, "--dtype", "float32",
         "--device", study.device, "--seed", str(seed)])
     train.check_args(args)
     torch.manual_seed(seed)

@@ -93,7 +93,7 @@ def study(tmp_path_factory, corpus):
     return Study(SIZE, tmp_path_factory.mktemp("study"))
 
 
-def test_a_run_is_made_once_made_again_if_its_options_change_and_continued_if_stopped(study, corpus):
+def test_a_run_is_made_once_again_if_its_options_change_and_goes_on_if_stopped(study, corpus):
     def weights(**options):
         run = study.run("run", 1, data=corpus, **options)
         return (run / "checkpoint.pt").stat().st_mtime_ns, study.load(run)[0].state_dict()
@@ -179,7 +179,8 @@ def test_a_table_of_two_bytes_says_what_followed_most_often(study, corpus, heads
     windows, position = questions(Corpus(corpus), 128, 2, 6, 4)
     expected = []
     for row, asked in zip(windows.tolist(), position.tolist()):
-        guesses = [max(sorted(set(f := seen[bytes(row[t - 1:t + 1])])), key=f.count) for t in asked]
+        followed = [seen[bytes(row[t - 1:t + 1])] for t in asked]
+        guesses = [max(sorted(set(f)), key=f.count) for f in followed]
         expected.append(sum(g == row[t + 2] for g, t in zip(guesses, asked)))
     assert study_scale.two_byte_table(study, heads)["t+2 marginalised"] == expected
 
@@ -206,11 +207,12 @@ def test_training_is_long_enough_when_twice_as_much_adds_less_than_half_a_point(
 def test_a_configuration_is_chosen_by_accuracy_among_those_that_lose_little():
     rows = {"trained on, 1": {"nats": [32.0]}, "trained on, 2": {"nats": [32.0]}}
     for rate, nats, right in ((1, 32.5, 5), (2, 33.0, 9)):
-        rows[f"joint, 1 x {rate}"] = {"nats": [nats], "t+2 head": [right], "scale": 1, "rate": rate}
+        found = {"nats": [nats], "t+2 head": [right], "scale": 1, "rate": rate}
+        rows[f"joint, 1 x {rate}"] = found
     rows["joint, slower backbone, 0.1 x 1"] = dict(rows["joint, 1 x 1"], scale=0.1)
     assert study_recipes.chosen(rows, "joint", 32) == (1, 1)
     rows["joint, 1 x 1"]["nats"] = [40.0]
-    assert study_recipes.chosen(rows, "joint", 32) == (1, 2)  # the least loss, if all lose too much
+    assert study_recipes.chosen(rows, "joint", 32) == (1, 2)  # the least, if all lose too much
 
 
 def test_compute_is_counted_as_pytorch_counts_it():
