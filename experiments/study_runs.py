@@ -132,14 +132,21 @@ def kept(file, made_from, function):
     return json.loads(file.read_text())
 
 
+def asked_of(study, run, corpus, block_size):
+    """`questions` about t+2: of every second held-out window. A run of the seed that selects is
+    asked about the other ones, so a choice has not seen the windows on which it is judged."""
+    size, selects = study.size, run.name.endswith(f"-s{SELECT}")
+    both = questions(corpus, block_size, 2, 2 * size.windows, size.positions)
+    return [tensor[int(selects)::2] for tensor in both]
+
+
 @torch.no_grad()
 def foresee(study, run, marginal=True, data=None):
     """What a run knows about t+1 and t+2, at the same held-out positions for all models of a
     corpus. -> {what: a number per window, the sum over its positions}: "nats", "t+1", "t+2
     marginalised" and "t+2 head" (right ones among the first); "top5 ..." (among the first 5)."""
     model, corpus = study.load(run, data)
-    windows, position = questions(corpus, model.gpt.config.block_size, 2, study.size.windows,
-                                  study.size.positions)
+    windows, position = asked_of(study, run, corpus, model.gpt.config.block_size)
     parts = []
     for idx, t in zip(windows.split(16), position.split(16)):
         idx, t = idx.to(study.device), t.to(study.device)

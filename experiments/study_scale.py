@@ -12,8 +12,7 @@ import torch
 
 from data.loader import Corpus
 from data.prepare import write_corpus
-from experiments.study_runs import foresee, newer
-from marginalize import questions
+from experiments.study_runs import asked_of, foresee, newer
 
 
 def scale(study, seed):
@@ -32,8 +31,7 @@ def two_byte_table(study, run):
     V, text = corpus.vocab_size, np.asarray(corpus.train).astype(np.int64)
     seen = np.bincount((text[:-3] * V + text[1:-2]) * V + text[3:], minlength=V ** 3)
     guess = torch.from_numpy(seen.reshape(V * V, V).argmax(1))  # (V^2,)
-    windows, position = questions(corpus, model.gpt.config.block_size, 2, study.size.windows,
-                                  study.size.positions)
+    windows, position = asked_of(study, run, corpus, model.gpt.config.block_size)
     before, last, later = (windows.gather(1, position + i) for i in (-1, 0, 2))  # (W, P)
     return {"t+2 marginalised": (guess[before * V + last] == later).sum(1).tolist()}
 

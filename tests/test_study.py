@@ -64,8 +64,7 @@ def test_pairing_removes_what_windows_have_in_common():
 def test_a_ratio_is_taken_of_means_and_nothing_is_concluded_from_nothing():
     tokens, steps = np.array([[4.0, 100.0]]), np.array([[4.0, 10.0]])
     assert estimate(lambda t, s: t / s, 0, tokens, steps)["effect"] == 104 / 14
-    with np.errstate(invalid="ignore"):
-        nothing = estimate(lambda t, s: t / s, 0, 0 * tokens, 0 * steps)
+    nothing = estimate(lambda t, s: t / s, 0, 0 * tokens, 0 * steps)
     assert verdict(nothing, nothing["p"]) == "undecided"
 
 
@@ -76,7 +75,7 @@ def test_holm_by_hand():
 
 @pytest.mark.parametrize("low, high, p, expected", [
     (0.6, 2, 0.01, "supported"), (0.6, 2, 0.06, "undecided"), (0.4, 2, 0.01, "undecided"),
-    (-2, 0.4, 0.01, "refuted"), (-2, -1, 0.01, "refuted"), (-2, -1, 0.5, "undecided")])
+    (0.1, 0.4, 0.01, "refuted"), (-2, -1, 0.01, "refuted"), (-2, -1, 0.5, "undecided")])
 def test_a_verdict_is_about_the_interval_and_the_smallest_effect(low, high, p, expected):
     assert verdict(dict(low=low, high=high, smallest=0.5), p) == expected
 
@@ -130,7 +129,7 @@ def heads(study, corpus):
 
 def test_foresee_counts_what_is_right_in_each_window(study, corpus, heads):
     model, text = study.load(heads)
-    windows, position = questions(text, 128, 2, 6, 4)
+    windows, position = (t[::2] for t in questions(text, 128, 2, 12, 4))
     found = foresee(study, heads)
     with torch.no_grad():
         predicted = {o: logits.argmax(-1) for o, logits in model(windows[:, :-1]).items()}
@@ -176,7 +175,7 @@ def test_a_table_of_two_bytes_says_what_followed_most_often(study, corpus, heads
     text, seen = bytes(Corpus(corpus).train[:-1].astype(np.uint8)), {}
     for i in range(len(text) - 3):
         seen.setdefault(text[i:i + 2], []).append(text[i + 3])
-    windows, position = questions(Corpus(corpus), 128, 2, 6, 4)
+    windows, position = (t[::2] for t in questions(Corpus(corpus), 128, 2, 12, 4))
     expected = []
     for row, asked in zip(windows.tolist(), position.tolist()):
         followed = [seen[bytes(row[t - 1:t + 1])] for t in asked]
@@ -236,15 +235,6 @@ def test_a_name_that_returns_has_the_second_token_that_it_had():
         for i in range(0, len(row), 3):
             assert where[i + 1] == (row[i] in known) and not where[i] and not where[i + 2]
             assert known.setdefault(row[i], row[i + 1]) == row[i + 1]
-
-
-def test_learning_ends_when_nine_of_ten_are_right(study):
-    def samples(batch_size, generator):  # always the same
-        return torch.arange(6).expand(batch_size, 6), torch.ones(batch_size, 6, dtype=torch.bool)
-    study = Study(replace(SIZE, patience=400), study.folder)
-    found = study_tasks.learn(study, samples, "1,2", seed=0, shape=Shape(1, 1, 16), vocab_size=6)
-    assert found["steps"] < 400
-    assert found["steps"] == 25 * len(found["curve"]) and found["curve"][-1] >= 0.9
 
 
 # ----------------------------------------------------------------------------------------------
