@@ -123,7 +123,7 @@ def main(argv=None):
         start, size = time.time(), SIZES[args.size]
         study = Study(size, Path(args.folder or ROOT / "runs" / f"study-{args.size}").resolve())
         study.folder.mkdir(parents=True, exist_ok=True)
-        possible = dict(translation=size.pair_steps, planning=size.bits, induction=size.patience)
+        possible = dict(translation=size.pair_steps, planning=size.bits)
         parts = corpora([part for part in args.only if possible.get(part, True)], study)
         results = do_all(parts, study, args.jobs)
         for part, rows in results.items():
