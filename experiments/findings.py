@@ -287,16 +287,6 @@ PAPERS = {"Paper A": (scale, translation, frozen, layers, recipes),
 # ----------------------------------------------------------------------------------------------
 # Figures. Each draws a part.
 
-def draw_scale(part, axis):
-    shapes = list(part.rows)[:-1]
-    for top, style in (("", "o-"), ("top5 ", "s--")):
-        t1, t2 = ([100 * part[row, top + what].mean() / part.asked for row in shapes]
-                  for what in (NOW, LATER))
-        axis.plot(shapes, t1, style, color="C0", label=f"{top}t+1")
-        axis.plot(shapes, t2, style, color="C3", label=f"{top}t+2, marginalised")
-    axis.set(xlabel="layers x width", ylabel="accuracy, %")
-
-
 def draw_layers(part, axis):
     for i, name in enumerate(dict.fromkeys(row.split(",")[0] for row in part.rows)):
         rows = [row for row in part.rows if name in row]
@@ -343,8 +333,8 @@ def draw_task(part, axis):
     axis.set(xlabel="steps", ylabel="right, %", ylim=(0, 100))
 
 
-FIGURES = dict(scale=draw_scale, layers=draw_layers, recipes=draw_recipes, leap=draw_leap,
-               planning=draw_task, induction=draw_task)
+FIGURES = dict(layers=draw_layers, recipes=draw_recipes, leap=draw_leap, planning=draw_task,
+               induction=draw_task)
 
 
 def draw(parts, folder, plt):
@@ -353,8 +343,8 @@ def draw(parts, folder, plt):
         figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
         FIGURES[name](parts[name], axis)
         lines, labels = axis.get_legend_handles_labels()
-        axis.legend(*zip(*{label: (line, label) for line, label in zip(lines, labels)}.values()),
-                    fontsize=7)
+        once = dict(zip(labels, lines))
+        axis.legend(once.values(), once.keys(), fontsize=7)
         figure.savefig(folder / f"study_{name}.png", dpi=90)
         plt.close(figure)
 

@@ -1,18 +1,19 @@
-"""Tasks made for a question: planning (paper B), and induction (what MTP does for a small model).
+"""Tasks made for a question: planning (paper B), and induction (MTP and small models).
 
 Planning asks for running parities in reverse: x_1 .. x_n = y_n .. y_1, with y_i = x_1 + ... + x_i
-modulo 2 (after arXiv 2403.06963). Next-token training learns all but the first answer from their
-neighbours; y_n takes all of x. At "=", offset o is asked for y_(n-o+1), a parity of n - o + 1
-bits: easier, and a step on the way. Leaping heads see farther (offset 7: n - 6 bits) than as many
-adjacent ones (offset 4: n - 3 bits). So leap should separate from MTP where n - 3 bits are hard.
+modulo 2 (after arXiv 2403.06963). All answers but the first follow from a neighbour; y_n takes all
+of x. At "=", offset o is asked for a parity of n - o + 1 bits, which is easier, and a step on the
+way. Offset 7 of leap needs n - 6 bits and offset 4, the last of MTP, n - 3. So leap should
+separate from MTP where n - 3 bits are hard.
 
-Induction asks for names of two random tokens in stories of fixed phrases: when a name returns,
-its first token tells the second to whoever looks back (Gloeckle et al. 2024, section 4.1).
+Induction asks for names of two random tokens in stories: when a name returns, its first token
+tells the second to whoever looks back (Gloeckle et al. 2024, section 4.1).
 
 Trained: a small GPT on fresh samples, until it is right 90% of the time or patience ends.
 Measured: the steps that it took, and its accuracy on the way.
 """
 from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -22,22 +23,21 @@ from experiments.study_runs import Shape, flops, kept
 from heads import HeadsConfig, MultiTokenGPT
 from model import GPT, GPTConfig
 
-PLANNERS = {"NTP": "1", "MTP": "1,2,3,4", "leap": "1,3,5,7"}
+PLANNER, PLANNERS = Shape(3, 4, 64), {"NTP": "1", "MTP": "1,2,3,4", "leap": "1,3,5,7"}
+READER = Shape(2, 4, 64)
 READERS = {"NTP": ["1"], "two tokens": ["1,2"], "two tokens, forward": ["1,2", "forward"]}
-PLANNER, READER = Shape(3, 4, 64), Shape(2, 4, 64)
+NAMES, WORDS, CAST, SENTENCES = 32, 16, 4, 16
+STORY = dict(context=3 * SENTENCES, vocab_size=NAMES + WORDS)
+READER_COST = flops(READER, residual=1, **STORY) / flops(READER, **STORY)
 EVERY = 25  # steps between questions
 
 
 def parities(n, batch_size, generator):
-    """The planning task -> tokens (B, 2n + 1): bits, and 2 for "="."""
+    """The planning task -> tokens (B, 2n + 1), bits and 2 for "="; where y_n stands (bool)."""
     x = torch.randint(2, (batch_size, n), generator=generator)
     equals = torch.full((batch_size, 1), 2)
-    return torch.cat([x, equals, (x.cumsum(1) % 2).flip(1)], dim=1)
-
-
-NAMES, WORDS, CAST, SENTENCES = 32, 16, 4, 16
-READER_COST = (flops(READER, residual=1, context=3 * SENTENCES, vocab_size=NAMES + WORDS)
-               / flops(READER, context=3 * SENTENCES, vocab_size=NAMES + WORDS))
+    tokens = torch.cat([x, equals, (x.cumsum(1) % 2).flip(1)], dim=1)
+    return tokens, (torch.arange(2 * n + 1) == n + 1).expand_as(tokens)
 
 
 def stories(batch_size, generator):
@@ -55,59 +55,48 @@ def stories(batch_size, generator):
 
 
 def planning(study, seed):
-    """-> {"N bits, METHOD": what `learn` found about the first token of the answer}"""
+    """-> {"N bits, METHOD": what `learn` found}; NTP, which learns none, for the fewest bits"""
     rows = {}
     for n in study.size.bits:
-        def samples(*how):
-            tokens = parities(n, *how)
-            asked = torch.zeros_like(tokens, dtype=torch.bool)
-            asked[:, n + 1] = True
-            return tokens, asked
         for label, offsets in PLANNERS.items():
-            if label == "NTP" and n > min(study.size.bits):
-                continue  # it learns none of them
-            rows[f"{n} bits, {label}"] = kept(
-                study.folder / f"planning-{n}-{label}-s{seed}.json", (),
-                lambda: learn(study, samples, offsets, seed=seed, shape=PLANNER,
-                              vocab_size=3, batch_size=128))
+            if label != "NTP" or n == min(study.size.bits):
+                rows[f"{n} bits, {label}"] = kept(
+                    study.folder / f"planning-{n}-{label}-s{seed}.json", (),
+                    lambda: learn(study, partial(parities, n), PLANNER, seed, 3, 128, offsets))
     return rows
 
 
 def induction(study, seed):
-    """-> {METHOD: what `learn` found about the second tokens of names that return}"""
-    return {label: kept(
-        study.folder / f"induction-{label}-s{seed}.json".replace(" ", "-"), (),
-        lambda: learn(study, stories, *how, seed=seed, shape=READER,
-                      vocab_size=NAMES + WORDS, batch_size=64))
-        for label, how in READERS.items()}
+    """-> {METHOD: what `learn` found}"""
+    vocab_size = STORY["vocab_size"]
+    return {label: kept(study.folder / f"induction-{label.replace(' ', '-')}-s{seed}.json", (),
+                        lambda: learn(study, stories, READER, seed, vocab_size, 64, *how))
+            for label, how in READERS.items()}
 
 
-def learn(study, samples, offsets, curriculum="none", *, seed, shape, vocab_size, batch_size):
+def learn(study, samples, shape, seed, vocab_size, batch_size, offsets, curriculum="none"):
     """Train on samples(batch_size, generator) -> tokens (B, L), asked (B, L) bool: where they are
     to be right. -> dict(steps: until 90% are right, or patience; curve: accuracy on the way)"""
-    asked_of = torch.Generator().manual_seed(10**6)
-    tokens, asked = samples(512, asked_of)
+    tokens, asked = samples(512, torch.Generator().manual_seed(10**6))
     drawn = torch.Generator().manual_seed(seed)
     corpus = SimpleNamespace(batch=lambda *_: samples(batch_size, drawn)[0])
     args = train.parse_args([
-        "--offsets", offsets, "--steps", str(study.size.patience), "--lr", "2e-3",
-        "--curriculum", curriculum, "--dtype", "float32", "--device", study.device,
-        "--seed", str(seed)])
+        "--offsets", offsets, "--curriculum", curriculum, "--steps", str(study.size.patience),
+        "--lr", "2e-3", "--dtype", "float32", "--device", study.device, "--seed", str(seed)])
     train.check_args(args)
     torch.manual_seed(seed)
     config = GPTConfig(tokens.shape[1] - 1, vocab_size, *shape)
     model = MultiTokenGPT(GPT(config), HeadsConfig(args.offsets)).to(study.device)
     optimizers = train.make_optimizers(model, args.optimizer, args.lr, args.weight_decay)
-    tokens, asked, curve = tokens.to(study.device), asked.to(study.device), []
+    curve = []
     for step in range(args.steps):
         train.compute_gradients(model, optimizers, corpus, step, args, nullcontext)
         for optimizer in optimizers:
             optimizer.step()
         if (step + 1) % EVERY == 0:
             with torch.no_grad():
-                predicted = model.gpt(tokens[:, :-1])[0].argmax(-1)
-            right = predicted == tokens[:, 1:]
-            curve.append(right[asked[:, 1:]].float().mean().item())
+                predicted = model.gpt(tokens[:, :-1].to(study.device))[0].argmax(-1).cpu()
+            curve.append((predicted == tokens[:, 1:])[asked[:, 1:]].float().mean().item())
             if curve[-1] >= 0.9:
                 break
     return dict(steps=EVERY * len(curve), curve=[round(a, 3) for a in curve])
