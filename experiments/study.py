@@ -59,8 +59,12 @@ def enter():
 
 def work(part, seed, study):
     """Do a part for a seed in a worker; what it prints goes to a log. -> part, seed, rows"""
-    with open(study.folder / "log.txt", "a") as log, redirect_stdout(log), redirect_stderr(log):
-        return part, seed, (PARTS | dict(base=base))[part](study, seed)
+    path = study.folder / "log.txt"
+    with open(path, "a") as log, redirect_stdout(log), redirect_stderr(log):
+        try:
+            return part, seed, (PARTS | dict(base=base))[part](study, seed)
+        except SystemExit:
+            raise RuntimeError(f"{part} of seed {seed} failed: see {path}") from None
 
 
 def do_all(parts, study, jobs):

@@ -65,9 +65,9 @@ def reading(study, base, layer, seed):
     The logits of the mixture are so far apart that no gradient moves them. -> its folder"""
     folder = base.with_name(f"{base.name}-layer{layer}")
     if not newer(folder / "checkpoint.pt", [base / "checkpoint.pt"]):
-        gpt, corpus = study.load(base)[0].gpt.cpu(), study.load(base)[1]
+        base_model, corpus = study.load(base)
         torch.manual_seed(seed)
-        model = MultiTokenGPT(gpt, HeadsConfig((1, 2), "block", whs=True))
+        model = MultiTokenGPT(base_model.gpt, HeadsConfig((1, 2), "block", whs=True))
         with torch.no_grad():
             model.mixes["2"].fill_(-100.0)[layer - 1] = 100.0
         folder.mkdir(exist_ok=True)

@@ -30,7 +30,7 @@ def leap(study, seed):
 
 
 @torch.no_grad()
-def drafting(study, run, data, methods=tuple(METHODS)):
+def drafting(study, run, data, methods="MTP4,leap,MTP7"):
     """What a run's heads draft on held-out windows of a corpus. -> {what: a number per window}
 
     "offset o": fraction of its drafts that are right. For each method, of a decoder that follows
@@ -38,7 +38,7 @@ def drafting(study, run, data, methods=tuple(METHODS)):
     at each position, the mean over all. "METHOD, sampled": steps to write each of 64 texts."""
     model, corpus = study.load(run, data)
     T = model.gpt.config.block_size
-    trees = {name: chain(draft_sources(METHODS[name])) for name in methods}
+    trees = {name: chain(draft_sources(METHODS[name])) for name in methods.split(",")}
     own = [(o, 0) for o in model.offsets[1:]]
     sources = dict.fromkeys([*own, *(node[1:3] for tree in trees.values() for node in tree)])
     windows = corpus.windows("val", study.size.windows, T + 1)
@@ -74,6 +74,6 @@ def stages(study, seed):
     control = study.run("trained-on-gently", seed, base, lr=rate / 100)
     rows = {"base": study.measured(base, foresee), "trained on": study.measured(control, foresee)}
     for label, run in {"first stage": first, "two stages": second, "one stage": one}.items():
-        rows[label] = (study.measured(run, drafting, data="python", methods=("leap",))
+        rows[label] = (study.measured(run, drafting, data="python", methods="leap")
                        | study.measured(run, foresee, data="python"))
     return rows

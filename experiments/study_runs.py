@@ -79,18 +79,17 @@ def newer(path, made_from):
 class Study:
     """Makes the runs and measurements of a size in a folder, and finds those that are there."""
 
-    def __init__(self, size, folder, device="cpu"):
-        self.size, self.folder, self.device = size, Path(folder), device
+    def __init__(self, size, folder):
+        self.size, self.folder = size, Path(folder)
 
     def run(self, name, seed, init=None, data="python", shape=None, **options):
         """A run of train.py with these options. It starts from the run `init`; `data` is a corpus
         of data/ or a folder. Goes on if it was stopped. -> its folder"""
-        out, data = self.folder / f"{name}-s{seed}", Path(data)
-        data = data if data.is_absolute() else ROOT / "data" / data
+        out, data = self.folder / f"{name}-s{seed}", ROOT / "data" / data  # or data, if absolute
         steps = options.setdefault("steps", self.size.adapt if init else self.size.steps)
         options = dict(offsets="1", block_size=128, batch_size=8, warmup=max(1, steps // 10),
                        eval_every=500, eval_windows=16, lr=1e-2, seed=seed, data=data, out=out,
-                       device=self.device) | (shape or self.size.base)._asdict() | options
+                       device="cpu") | (shape or self.size.base)._asdict() | options
         if init:
             options["init"] = init
         argv = ["--no-progress", "--overwrite"]
@@ -116,7 +115,7 @@ class Study:
     def load(self, run, data=None):
         """A run -> its model, and the corpus `data` or else its own"""
         model, state = load_checkpoint(run)
-        return model.to(self.device).eval(), Corpus(data or state["args"]["data"])
+        return model.eval(), Corpus(ROOT / "data" / (data or state["args"]["data"]))
 
     def measured(self, run, function, **how):
         """function(study, run, **how), kept as JSON beside the run."""
@@ -149,8 +148,7 @@ def foresee(study, run, marginal=True, data=None):
     windows, position = asked_of(study, run, corpus, model.gpt.config.block_size)
     parts = []
     for idx, t in zip(windows.split(16), position.split(16)):
-        idx, t = idx.to(study.device), t.to(study.device)
-        row = torch.arange(len(t), device=t.device)[:, None]
+        row = torch.arange(len(t))[:, None]
         h = model.hidden_states(idx[:, :-1])
         # {what: (distance, probs (w, P, V))}
         probs = {"t+1": (1, model.offset_logits(h, 1)[row, t].softmax(-1))}

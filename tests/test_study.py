@@ -15,7 +15,9 @@ import torch
 from conftest import ROOT, tiny_model
 from data.loader import Corpus
 from data.prepare import get_tokenizer, write_corpus
-from experiments import findings, study_layers, study_recipes, study_scale, study_tasks
+from experiments import (findings, study_layers, study_recipes, study_runs, study_scale,
+                         study_tasks)
+from experiments.study import PARTS
 from experiments.calibrate import expected_tokens_per_step, held_out_acceptance
 from experiments.study_leap import METHODS, drafting
 from experiments.study_runs import SIZES, Shape, Study, flops, foresee, kept
@@ -238,6 +240,25 @@ def made_up(folder, gain):
                             list(50 * (2 + more) + rng.normal(0, 1, 40))} for seed in (1, 2, 3)}
     (folder / "study_quick_stages.json").write_text(json.dumps(
         dict(command="python experiments/study.py --only stages", size=asdict(SIZE), rows=rows)))
+
+
+@pytest.mark.slow
+def test_every_part_measures_what_its_claims_need(tmp_path, corpus, monkeypatch):
+    monkeypatch.setattr(study_runs, "ROOT", tmp_path)
+    (tmp_path / "data").mkdir()
+    for name in ("python", "logs"):
+        (tmp_path / "data" / name).symlink_to(corpus)
+    study, names = Study(SIZE, tmp_path), ("recipes", "layers", "frozen", "leap", "stages", "scale")
+    for name in names:
+        rows = {}
+        for seed in (0, 1):
+            for row, found in PARTS[name](study, seed).items():
+                rows.setdefault(row, {})[seed] = found
+        (tmp_path / f"study_quick_{name}.json").write_text(json.dumps(
+            dict(command=f"--only {name}", size=asdict(SIZE), rows=rows)))
+    judged = findings.judge(findings.load(tmp_path))
+    assert {name: len(claims) for name, claims in judged.items()} == dict(
+        scale=2, frozen=1, layers=1, recipes=3, leap=3, stages=2)
 
 
 @pytest.mark.parametrize("gain, expected", [(0.5, "supported"), (-0.5, "refuted"),
