@@ -231,15 +231,28 @@ def test_leap_breaks_even_where_both_formulas_agree():
     assert findings.attenuation(np.array([accuracy]))[0] == pytest.approx(0.3, abs=1e-3)
 
 
-def made_up(folder, gain):
-    """Results of the part `stages` in which the two stages write `gain` more tokens per step."""
-    rng = np.random.default_rng(0)
-    rows = {}
-    for row, more in (("base", 0), ("trained on", 0), ("two stages", gain), ("one stage", 0)):
-        rows[row] = {seed: {"nats": [64.0] * 40, "leap, steps": [50] * 40, "leap, tokens":
-                            list(50 * (2 + more) + rng.normal(0, 1, 40))} for seed in (1, 2, 3)}
-    (folder / "study_quick_stages.json").write_text(json.dumps(
-        dict(command="python experiments/study.py --only stages", size=asdict(SIZE), rows=rows)))
+@pytest.mark.parametrize("gain, expected", [(0.5, "supported"), (-0.5, "refuted"),
+                                            (0.0, "refuted"), (0.02, "undecided")])
+def test_the_page_says_what_the_results_say(tmp_path, capsys, gain, expected):
+    rng, page = np.random.default_rng(0), tmp_path / "page.md"
+
+    def measured(more):
+        return {"nats": [64.0] * 40, "leap, steps": [50] * 40,
+                "leap, tokens": list(50 * (2 + more) + rng.normal(0, 1, 40))}
+    more = {"base": 0, "trained on": 0, "two stages": gain, "one stage": 0}
+    rows = {row: {seed: measured(x) for seed in (1, 2, 3)} for row, x in more.items()}
+    write_results(tmp_path, "stages", rows)
+    page.write_text("By hand.\n" + "".join(findings.MARKS) + "The end.\n")
+    findings.main(tmp_path, page)
+    text = page.read_text()
+    assert f"### Two stages write more tokens per step than one gentle stage: {expected}" in text
+    assert "better: refuted" in text  # no difference at all
+    assert text.startswith("By hand.") and text.endswith("The end.\n")
+
+
+def write_results(folder, name, rows):
+    (folder / f"study_quick_{name}.json").write_text(json.dumps(
+        dict(command="", size=asdict(SIZE), rows=rows)))
 
 
 @pytest.mark.slow
@@ -248,31 +261,14 @@ def test_every_part_measures_what_its_claims_need(tmp_path, corpus, monkeypatch)
     (tmp_path / "data").mkdir()
     for name in ("python", "logs"):
         (tmp_path / "data" / name).symlink_to(corpus)
-    study, names = Study(SIZE, tmp_path), ("recipes", "layers", "frozen", "leap", "stages", "scale")
-    for name in names:
-        rows = {}
-        for seed in (0, 1):
-            for row, found in PARTS[name](study, seed).items():
-                rows.setdefault(row, {})[seed] = found
-        (tmp_path / f"study_quick_{name}.json").write_text(json.dumps(
-            dict(command=f"--only {name}", size=asdict(SIZE), rows=rows)))
+    claims = dict(recipes=3, layers=1, frozen=1, leap=3, stages=2, scale=2)
+    for name in claims:
+        by_seed = {seed: PARTS[name](Study(SIZE, tmp_path), seed) for seed in (0, 1)}
+        rows = {row: {seed: found[row] for seed, found in by_seed.items() if row in found}
+                for row in by_seed[0] | by_seed[1]}
+        write_results(tmp_path, name, rows)
     judged = findings.judge(findings.load(tmp_path))
-    assert {name: len(claims) for name, claims in judged.items()} == dict(
-        scale=2, frozen=1, layers=1, recipes=3, leap=3, stages=2)
-
-
-@pytest.mark.parametrize("gain, expected", [(0.5, "supported"), (-0.5, "refuted"),
-                                            (0.0, "refuted"), (0.02, "undecided")])
-def test_the_page_says_what_the_results_say(tmp_path, capsys, gain, expected):
-    made_up(tmp_path, gain)
-    page = tmp_path / "page.md"
-    page.write_text("By hand.\n" + "".join(findings.MARKS) + "The end.\n")
-    findings.main(tmp_path, page)
-    text = page.read_text()
-    assert f"### Two stages write more tokens per step than one gentle stage: {expected}" in text
-    assert "better: refuted" in text  # no difference at all
-    assert text.startswith("By hand.") and text.endswith("The end.\n")
-    assert "python experiments/study.py --only stages" in text
+    assert {name: len(found) for name, found in judged.items()} == claims
 
 
 # ----------------------------------------------------------------------------------------------
@@ -280,24 +276,19 @@ def test_the_page_says_what_the_results_say(tmp_path, capsys, gain, expected):
 
 @pytest.mark.slow
 def test_a_study_that_was_killed_goes_on_and_leaves_no_process_behind(tmp_path):
-    script = tmp_path / "small.py"
-    script.write_text(f"""import sys
-sys.path.insert(0, {str(ROOT)!r})
-from dataclasses import replace
-from experiments import study, study_runs
-study_runs.SIZES["quick"] = replace(study_runs.SIZES["quick"], seeds=(1,), bits=(4,), patience=50)
-if __name__ == "__main__":
-    study.main(["--only", "planning", "--jobs", "1", "--folder", {str(tmp_path / "runs")!r},
-                "--results", {str(tmp_path)!r}])
-""")
-    first = subprocess.Popen([sys.executable, script], start_new_session=True)
+    options = ["--only", "planning", "--jobs", "1", "--folder", str(tmp_path / "runs"),
+               "--results", str(tmp_path)]
+    again = [sys.executable, "-c", "from experiments import study, study_runs as r\n"
+             "r.SIZES['quick'].__dict__.update(seeds=(1,), bits=(4,), patience=50)\n"
+             f"study.main({options})"]
+    first = subprocess.Popen(again, cwd=ROOT, start_new_session=True)
     while not (made := list((tmp_path / "runs").glob("planning*.json"))):
         time.sleep(0.1)
         assert first.poll() is None
     first.send_signal(signal.SIGKILL)
     first.wait()
     seen = {path: path.stat().st_mtime_ns for path in made}
-    subprocess.run([sys.executable, script], check=True, timeout=120)
+    subprocess.run(again, cwd=ROOT, check=True, timeout=120)
     assert all(path.stat().st_mtime_ns == then for path, then in seen.items())
     with pytest.raises(ProcessLookupError):  # the workers of the first have ended
         os.killpg(first.pid, 0)
