@@ -243,7 +243,8 @@ def stages(part):
     yield Claim("L-MTP's fine-tuning makes the next-token model better", "nats", better,
                 f"Next-token loss: {part.nats(two):.3f} nats; control, the base trained on "
                 "without heads, as long and at the same rate: "
-                f"{part.nats(control):.3f}; untouched base: {part.nats('base'):.3f}. The paper's models have 3 to 12 billion parameters.")
+                f"{part.nats(control):.3f}; untouched base: {part.nats('base'):.3f}. The paper's "
+                "models have 3 to 12 billion parameters.")
 
 
 def sooner(part, pairs, cost=1.0):
@@ -276,7 +277,7 @@ def induction(part):
                 sooner(part, [("NTP", "two tokens")], READER_COST),
                 "With how much less compute offsets 1,2 learn the second token of a name that "
                 f"returns. Steps until 90% are right, {part.size['patience']} at most: "
-                f"{steps_of(part, part.rows)}. Gloeckle et al. (arXiv 2404.19737) saw it below 100 "
+                f"{steps_of(part, part.rows)}. Gloeckle et al. (2404.19737) saw it below 100 "
                 "million parameters.")
 
 
