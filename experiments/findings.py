@@ -14,8 +14,9 @@ from typing import NamedTuple
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import import_pyplot, one_line_errors, write_whole
+from common import one_line_errors, write_whole
 from experiments.calibrate import expected_tokens_per_step
+from experiments.plots import import_pyplot
 from experiments.study_layers import plateau
 from experiments.study_leap import METHODS
 from experiments.study_recipes import RECIPES, chosen, control_of

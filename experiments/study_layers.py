@@ -69,7 +69,7 @@ def reading(study, base, layer, seed):
         torch.manual_seed(seed)
         model = MultiTokenGPT(base_model.gpt, HeadsConfig((1, 2), "block", whs=True))
         with torch.no_grad():
-            model.mixes["2"].fill_(-100.0)[layer - 1] = 100.0
+            model.heads["2"].mix.fill_(-100.0)[layer - 1] = 100.0
         folder.mkdir(exist_ok=True)
         save_checkpoint(folder / "checkpoint.pt", model, tokenizer="bytes",
                         args=dict(data=str(corpus.folder)))
