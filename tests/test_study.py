@@ -172,7 +172,7 @@ def test_a_head_can_read_one_layer_and_training_does_not_change_which(study, cor
     assert model.layer_weights() == {2: [1.0, 0.0]}
     with torch.no_grad():
         layer = model.gpt.transformer.ln_f(model.gpt.residual_stream(idx)[1])
-        expected = model.gpt.lm_head(model.heads["2"](layer))
+        expected = model.gpt.lm_head(model.heads["2"].blocks[0](layer))
         assert torch.allclose(model(idx)[2], expected, atol=1e-5)
 
 
