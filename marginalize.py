@@ -16,7 +16,6 @@ import math
 import sys
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -50,13 +49,13 @@ def marginalize_reference(gpt, idx, horizon, paths=None):
 
 def top_k_children(probs, weight, k, generator):
     """The k best tokens after each node: k^d branches at depth d. k = V is exact."""
-    best, token = probs.topk(k, dim=-1)  # (B, P, n, k)
+    best, token = probs.topk(k)  # (B, P, n, k)
     return children(token, weight[..., None] * best)
 
 
 def beam(probs, weight, k, generator):
     """The k most probable paths at each depth."""
-    weight, i = (weight[..., None] * probs).flatten(2).topk(k, dim=-1)  # (B, P, k), i < n * V
+    weight, i = (weight[..., None] * probs).flatten(2).topk(k)  # (B, P, k), i < n * V
     return i % probs.shape[-1], i // probs.shape[-1], weight
 
 
@@ -82,11 +81,37 @@ METHODS = {"beam": beam, "top-k": top_k_children, "exact": top_k_children,
 # The look-ahead. Each text is prefilled once. A node then sees the text up to its root's
 # position, its ancestors and itself, so branches of many positions share a forward pass.
 
-class Marginal(NamedTuple):
-    """The distribution at one distance from each of B x P positions."""
-    probs: torch.Tensor         # (B, P, V) summed over the branches
-    mass: torch.Tensor          # (B, P) captured mass, the branches' total probability
-    error: torch.Tensor = None  # (B, P, V) standard error of probs, if sampled
+@torch.no_grad()
+def look_ahead(gpt, idx, position, horizon, branches=None, method="top-k", max_nodes=MAX_NODES,
+               seed=0):
+    """p(x_{t+1} | x_<=t), ..., p(x_{t+horizon} | x_<=t) at positions t (B, P) int64 of texts
+    idx (B, T) int64, with k = branches. None, or the method "exact", follows all branches.
+
+    max_nodes: branches in one forward pass, which bounds the memory. Yields slices of the
+    positions: (rows, columns, what `expand` returns for them). Raises InputError."""
+    T, config = idx.shape[1], gpt.config
+    check_options(config, horizon, branches, method, max_nodes)
+    check_questions(config, idx, position, horizon)
+    gpt.eval()
+    k = config.vocab_size if branches is None or method == "exact" else branches
+    generator = torch.Generator(idx.device).manual_seed(seed)
+    choose = partial(METHODS[method], k=k, generator=generator)
+    # A pass holds R texts, p positions of each and `part` nodes of each position. A node attends
+    # to the slots of all nodes of its text, so more texts cost less than more nodes.
+    per_text = max(k if method == "beam" else 1, min(64, max_nodes))
+    R, p = max(1, max_nodes // per_text), max(1, per_text // k)
+    part = per_text // p
+    slot = torch.arange(T + (horizon - 1) * p * part, device=idx.device)  # (S,)
+    text, causal = slot[:T], (slot <= slot[:T, None])[None]  # (T,), (1, T, S)
+    for r in range(0, len(idx), R):
+        rows = slice(r, r + R)
+        cache = KVCache(config.n_layer, config.n_embd, len(idx[rows]), len(slot), idx.device,
+                        gpt.lm_head.weight.dtype)
+        h = forward_block(gpt, cache, idx[rows], text, text, causal)  # (R, T, C)
+        for c in range(0, position.shape[1], p):
+            columns = slice(c, c + p)
+            yield rows, columns, expand(gpt, cache, h, position[rows, columns], horizon, choose,
+                                        part, squares=method == "sample")
 
 
 def forward_block(gpt, cache, token, position, slots, visible):
@@ -97,75 +122,39 @@ def forward_block(gpt, cache, token, position, slots, visible):
     return gpt.hidden_states(token, position, cache, slots, visible[:, None])
 
 
-def expand(gpt, cache, h, t, horizon, choose, part, samples=None):
+def expand(gpt, cache, h, t, horizon, choose, part, squares):
     """Sum over the branches after positions t (R, P) of prefilled texts with hidden states h
-    (R, T, C). -> [Marginal at distance 1, 2, ..., horizon]
+    (R, T, C). -> for each distance 1 .. horizon the branches' sums of weight * p, p being what
+    follows a branch, (R, P, V), of weight (R, P) and, with `squares`, of weight * p^2 (R, P, V)
 
     choose(probs, weight): a method's children; part: nodes of a position in one forward pass."""
     T, slot = h.shape[1], torch.arange(cache.slots, device=t.device)  # (S,)
-    total, mass, squares = ([0] * horizon for _ in range(3))
+    sums = [[0, 0, 0] if squares else [0, 0] for _ in range(horizon)]
 
     def visit(depth, h, weight, visible):
         """Add nodes h (R, P, n, C), weight (R, P, n), visible (R, P, n, S), then visit their
         children, part by part and depth first, which holds few at once."""
-        logits = gpt.lm_head(h)  # (R, P, n, V)
-        dtype = torch.promote_types(logits.dtype, torch.float32)
-        probs, weight = F.softmax(logits, -1, dtype=dtype), weight.to(dtype)
-        total[depth] += (weight[:, :, None] @ probs)[:, :, 0]  # (R, P, V)
-        mass[depth] += weight.sum(-1)
-        if samples:
-            squares[depth] += (weight[:, :, None] @ probs.square())[:, :, 0]
+        probs = F.softmax(gpt.lm_head(h), -1, dtype=weight.dtype)  # (R, P, n, V)
+        sums[depth][0] += (weight[:, :, None] @ probs)[:, :, 0]  # (R, P, V)
+        sums[depth][1] += weight.sum(-1)
+        if squares:
+            sums[depth][2] += (weight[:, :, None] @ probs.square())[:, :, 0]
         if depth + 1 == horizon:
             return
-        room = (cache.slots - T) // (horizon - 1)  # slots for the nodes of one depth
+        first = T + depth * (cache.slots - T) // (horizon - 1)  # slot of these children
         for token, parent, weight in zip(*(x.split(part, 2) for x in choose(probs, weight))):
-            R, P, n = token.shape
-            own = T + depth * room + slot[:P * n]
-            seen = visible.gather(2, parent[..., None].expand(-1, -1, -1, cache.slots))
-            seen = seen.flatten(1, 2) | (slot == own[:, None])  # what its parent sees, and itself
-            position = (t[:, :, None] + depth + 1).expand(R, P, n)
+            own = first + slot[:token[0].numel()]  # (P * n,)
+            seen = visible.take_along_dim(parent[..., None], 2).flatten(1, 2)
+            seen |= slot == own[:, None]  # what its parent sees, and itself: (R, P * n, S)
+            position = (t + depth + 1)[..., None].expand_as(token)
             h = forward_block(gpt, cache, token.flatten(1), position.flatten(1), own, seen)
-            visit(depth + 1, h.view(R, P, n, -1), weight, seen.view(R, P, n, -1))
+            nodes = token.shape[1:]  # (P, n)
+            visit(depth + 1, h.unflatten(1, nodes), weight, seen.unflatten(1, nodes))
 
-    root = h.gather(1, t[..., None].expand(-1, -1, h.shape[2]))[:, :, None]  # (R, P, 1, C)
-    visit(0, root, torch.ones_like(t)[..., None], (slot <= t[..., None])[:, :, None])
-    if not samples:
-        return [Marginal(*m) for m in zip(total, mass)]
-    variance = [(s - p.square()).clamp(min=0) / (samples - 1) for s, p in zip(squares, total)]
-    return [Marginal(p, m, v.sqrt()) for p, m, v in zip(total, mass, variance)]
-
-
-@torch.no_grad()
-def look_ahead(gpt, idx, position, horizon, branches=None, method="top-k", max_nodes=MAX_NODES,
-               seed=0):
-    """p(x_{t+1} | x_<=t), ..., p(x_{t+horizon} | x_<=t) at positions t (B, P) int64 of texts
-    idx (B, T) int64, with k = branches. None, or the method "exact", follows all branches.
-
-    max_nodes: branches in one forward pass, which bounds the memory. Yields slices of the
-    positions: (rows, columns, [Marginal at distance 1, 2, ...]). Raises InputError."""
-    (B, T), P, config = idx.shape, position.shape[1], gpt.config
-    check_options(config, horizon, branches, method, max_nodes)
-    check_questions(config, idx, position, horizon)
-    gpt.eval()
-    k = config.vocab_size if branches is None or method == "exact" else branches
-    generator = torch.Generator(idx.device).manual_seed(seed)
-    choose = partial(METHODS[method], k=k, generator=generator)
-    # A pass holds R texts, p positions of each and `part` nodes of each position. A node attends
-    # to the slots of all nodes of its text, so more texts cost less than more nodes.
-    per_text = max(k if method == "beam" else 1, min(64, max_nodes))
-    R, p = min(B, max(1, max_nodes // per_text)), max(1, per_text // k)
-    part = per_text // p
-    slot = torch.arange(T + (horizon - 1) * p * part, device=idx.device)  # (S,)
-    text, causal = slot[:T], (slot <= slot[:T, None])[None]  # (T,), (1, T, S)
-    for r in range(0, B, R):
-        rows = slice(r, r + R)
-        cache = KVCache(config.n_layer, config.n_embd, len(idx[rows]), len(slot), idx.device,
-                        gpt.lm_head.weight.dtype)
-        h = forward_block(gpt, cache, idx[rows], text, text, causal)  # (R, T, C)
-        for c in range(0, P, p):
-            columns = slice(c, c + p)
-            yield rows, columns, expand(gpt, cache, h, position[rows, columns], horizon, choose,
-                                        part, k if method == "sample" else None)
+    root = h.take_along_dim(t[..., None], 1)[:, :, None]  # (R, P, 1, C)
+    weight = torch.ones_like(t, dtype=torch.promote_types(h.dtype, torch.float32))[..., None]
+    visit(0, root, weight, (slot <= t[..., None])[:, :, None])
+    return sums
 
 
 def check_options(config, horizon, branches, method, max_nodes):
@@ -196,30 +185,32 @@ def check_questions(config, idx, position, horizon):
 
 def marginalize(gpt, idx, horizon, branches=None, method="top-k", position=None,
                 max_nodes=MAX_NODES):
-    """p(x_{T+horizon} | x_1..x_T): idx (B, T) int64 -> probs (B, V) and captured mass (B,). With
-    position (B, P) int64, the same after these positions: (B, P, V) and (B, P).
+    """p(x_{T+horizon} | x_1..x_T): idx (B, T) int64 -> probs (B, V) and captured mass (B,), the
+    branches' total probability. With position (B, P) int64, the same after these positions:
+    (B, P, V) and (B, P).
 
     branches=None is exact. If "top-k" children or a "beam" truncate the sum, the exact
     probability is in [probs, probs + 1 - mass]. Raises InputError."""
-    return last_marginal(gpt, idx, horizon, position, branches, method, max_nodes)[:2]
+    return sums_at(gpt, idx, horizon, position, branches, method, max_nodes)[:2]
 
 
 def estimate(gpt, idx, horizon, samples, position=None, max_nodes=MAX_NODES, seed=0):
     """The same, as an unbiased Monte Carlo estimate: the mean over the ends of sampled paths.
     -> probs and standard error (NaN for one path), each (B, V) or (B, P, V)"""
-    return last_marginal(gpt, idx, horizon, position, samples, "sample", max_nodes, seed)[::2]
+    probs, _, squares = sums_at(gpt, idx, horizon, position, samples, "sample", max_nodes, seed)
+    variance = (squares - probs.square()).clamp(min=0)
+    return probs, (variance / (samples - 1)).sqrt()
 
 
-def last_marginal(gpt, idx, horizon, position, *how):
-    """The tensors of look_ahead's Marginal at distance `horizon`, all slices in one"""
-    asked = torch.full_like(idx[:, :1], idx.shape[1] - 1) if position is None else position
+def sums_at(gpt, idx, horizon, position, *how):
+    """What `expand` returns for distance `horizon`, of all positions"""
+    t = torch.full_like(idx[:, :1], idx.shape[1] - 1) if position is None else position
     whole = None
-    for rows, columns, marginals in look_ahead(gpt, idx, asked, horizon, *how):
-        last = [m for m in marginals[-1] if m is not None]
-        whole = whole or [m.new_empty(*asked.shape, *m.shape[2:]) for m in last]
-        for m, part in zip(whole, last):
-            m[rows, columns] = part
-    return tuple(whole) if position is not None else tuple(m[:, 0] for m in whole)
+    for rows, columns, sums in look_ahead(gpt, idx, t, horizon, *how):
+        whole = whole or [x.new_empty(*t.shape, *x.shape[2:]) for x in sums[-1]]
+        for x, part in zip(whole, sums[-1]):
+            x[rows, columns] = part
+    return tuple(x[:, 0] if position is None else x for x in whole)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -293,13 +284,12 @@ def measure(model, windows, position, horizon, unigram, branches, method="beam",
             found[i, rows, columns] = values.float().cpu()
 
     with Progress(None, progress, total=2 * W * P, desc="look ahead", unit="position") as bar:
-        ways = {"marginalisation": (branches, method), "greedy rollout": (1, "beam")}
-        for reader, how in ways.items():
+        for reader, *how in (("marginalisation", branches, method), ("greedy rollout", 1, "beam")):
             found = look_ahead(gpt, idx, position, horizon, *how, max_nodes, seed)
-            for rows, columns, marginals in found:
-                for d, m in enumerate(marginals, 1):
-                    keep(reader if d > 1 else "model", d, rows, columns, m.probs, m.mass)
-                bar.update(m.mass.numel())
+            for rows, columns, sums in found:
+                for d, (probs, mass, *_) in enumerate(sums, 1):
+                    keep(reader if d > 1 else "model", d, rows, columns, probs, mass)
+                bar.update(mass.numel())
     for w in range(W):  # logits of whole windows are large
         rows, columns = slice(w, w + 1), slice(None)
         h = model.hidden_states(idx[rows])  # (1, T, ...)

@@ -177,10 +177,10 @@ def test_all_branches_of_all_positions_and_texts_share_one_pass_after_the_prefil
 
 def test_all_distances_come_from_one_look_ahead():
     gpt, idx, position = small_gpt(), texts(), torch.tensor([[2, 5], [0, 4]])
-    for rows, columns, marginals in look_ahead(gpt, idx, position, 3):
-        for distance, m in enumerate(marginals, 1):
+    for rows, columns, sums in look_ahead(gpt, idx, position, 3):
+        for distance, (probs, _) in enumerate(sums, 1):
             expected, _ = marginalize(gpt, idx, distance, position=position)
-            assert_close(m.probs, expected[rows, columns])
+            assert_close(probs, expected[rows, columns])
 
 
 def test_dropout_is_off_while_looking_ahead():
