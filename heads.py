@@ -246,7 +246,7 @@ def predictions_and_targets(model, h, idx, offset):
     return logits.flatten(0, 1), targets.flatten()
 
 
-def joint_loss(model, idx, weights=None, backward=False, scale=1.0):
+def joint_loss(model, idx, weights=None, backward=False, scale=1.0, distill=0.0):
     """The loss of every offset: idx (B, T + 1) int64 -> {offset: mean nats, a detached scalar}.
 
     weights {offset: float} (1 where absent); an offset with weight 0 is left out. backward=True
@@ -254,16 +254,25 @@ def joint_loss(model, idx, weights=None, backward=False, scale=1.0):
     them. It does so head by head (Gloeckle et al. 2024, section 2): a head's logits, by far the
     largest tensors here, are made, used and freed before the next head's, so the peak holds one
     head's however many there are. Each head leaves its gradient at the hidden states, and the
-    trunk runs backward once with their sum. The result is the gradient of the plain sum."""
+    trunk runs backward once with their sum. The result is the gradient of the plain sum.
+
+    distill: the fraction of a head's loss that is the cross-entropy against the distribution which
+    the model itself has of that token once it has read the text up to there (self-distillation):
+    offset 1's at t + o - 1, without gradient."""
     hidden = model.hidden_states(idx[:, :-1])  # (B, T, C) or (B, T, n_layer, C)
     h = hidden.detach()  # the heads' gradients meet in h.grad
     h.requires_grad_(backward and hidden.requires_grad)
+    own = model.offset_logits(h, 1).detach() if distill else None  # (B, T, V)
     losses = {}
     for o in model.offsets:
         weight = (weights or {}).get(o, 1.0)
         if weight == 0:
             continue
-        loss = F.cross_entropy(*predictions_and_targets(model, h, idx, o))
+        logits, targets = predictions_and_targets(model, h, idx, o)
+        loss = F.cross_entropy(logits, targets)
+        if distill and o > 1:
+            p = own[:, o - 1:].flatten(0, 1).softmax(-1)  # of the same tokens
+            loss = (1 - distill) * loss + distill * F.cross_entropy(logits, p)
         if backward and loss.requires_grad:
             (scale * weight * loss).backward()
         losses[o] = loss.detach()

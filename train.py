@@ -237,7 +237,7 @@ def compute_gradients(model, optimizers, corpus, step, args, autocast):
         idx = corpus.batch("train", args.batch_size, length, i, args.seed)
         idx = idx[RANK::WORLD_SIZE].to(args.device, non_blocking=True)  # (B, T + 1)
         with autocast():
-            part = joint_loss(model, idx, weights, backward=True, scale=1 / args.accumulate)
+            part = joint_loss(model, idx, weights, True, 1 / args.accumulate, args.distill)
         losses = {o: losses[o] + part[o] / args.accumulate for o in part}
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     all_reduce_mean([*grads, *losses.values()])
@@ -402,6 +402,7 @@ def parse_args(argv=None, args=None):
     add("head-weight", 1.0, "weight of each head's loss relative to offset 1's")
     add("head-ramp", 0, "steps in which that weight grows from 0, after the warm-up")
     add("offset-weights", "", "further factors, as in 2:1,3:0.5")
+    add("distill", 0.0, "fraction of a head's loss against the model's own distribution")
     add("curriculum", "none", "add or remove offsets", choices=["none", "forward", "reverse"])
     group = p.add_argument_group("model from scratch (with --init: only the dropout)")
     add("n-layer", 4, "transformer layers")
@@ -448,7 +449,7 @@ def check_args(args):
         args.dtype = "bfloat16" if fast else "float32"
     least = dict(steps=1, batch_size=1, accumulate=1, eval_every=1, eval_windows=1, log_every=1,
                  lr=1e-12, clip=1e-12)
-    most = dict(weight_decay=1, final_lr=1, backbone_lr=1e3, head_warmup=args.steps)
+    most = dict(weight_decay=1, final_lr=1, distill=1, backbone_lr=1e3, head_warmup=args.steps)
     for name, value in vars(args).items():
         low, high = least.get(name, 0), most.get(name, 2**63 - 1)
         if isinstance(value, (int, float)):

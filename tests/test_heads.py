@@ -217,6 +217,25 @@ def test_head_by_head_backward_gives_the_gradients_of_the_plain_weighted_sum(kin
         torch.testing.assert_close(head_by_head[name], p.grad, rtol=1e-10, atol=1e-12, msg=name)
 
 
+@pytest.mark.parametrize("conditional", [False, True])
+def test_self_distillation_takes_the_models_own_distribution_beside_the_token(conditional):
+    model = tiny_model(conditional=conditional).double()
+    idx = torch.randint(0, 31, (2, 24))
+    got = joint_loss(model, idx, backward=True, distill=0.7)
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    logits, losses = model(idx), plain_losses(model, idx)
+    for o in model.offsets[1:]:
+        p = logits[1][:, o - 1:23].softmax(-1).detach()  # read up to t + o - 1, predicts t + o
+        q = logits[o][:, :24 - o].log_softmax(-1)
+        losses[o] = 0.3 * losses[o] - 0.7 * (p * q).sum(-1).mean()
+    sum(losses.values()).backward()
+    for o, loss in losses.items():
+        torch.testing.assert_close(got[o], loss.detach())
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(gradients[name], p.grad, rtol=1e-10, atol=1e-12, msg=name)
+
+
 class PeakOfLargeTensors(TorchDispatchMode):
     """The peak number of tensors of at least `size` elements that are alive at once."""
 
@@ -236,17 +255,18 @@ class PeakOfLargeTensors(TorchDispatchMode):
         return out
 
 
-def peak_logits(n_offsets):
+def peak_logits(n_offsets, distill=0.0):
     model = tiny_model(mtp_offsets(n_offsets), vocab_size=5000)
     idx = torch.randint(0, 5000, (4, 33))
     gc.collect()
     with PeakOfLargeTensors(4 * 20 * 5000) as counter:
-        joint_loss(model, idx, backward=True)
+        joint_loss(model, idx, backward=True, distill=distill)
     return counter.peak
 
 
 def test_peak_memory_holds_one_heads_logits_however_many_heads_there_are():
     assert peak_logits(8) == peak_logits(2) > 0
+    assert peak_logits(8, distill=0.5) == peak_logits(2, distill=0.5)
 
 
 # The heads as a decoder runs them
