@@ -637,14 +637,14 @@ def compare(model, methods, prompts, new_tokens, temperature=0.0, rounds=3, batc
     return records
 
 
-def follow_text(model, windows, methods):
+def follow_text(model, windows, methods, **options):
     """How the methods would write real text: windows (B, T), whose own tokens are the targets.
-    Greedy text of a small model loops, which flatters every drafter; this text does not. ->
-    records"""
+    Greedy text of a small model loops, which flatters every drafter; this text does not. options:
+    as of Decoder. -> records"""
     n, records = max(1, min(16, windows.shape[1] // 4)), []  # tokens of a prompt
     prompts, rest = windows[:, :n].tolist(), windows[:, n:].tolist()
     for m in methods:
-        g = Decoder(model, tree=m).generate(prompts, len(rest[0]), follow=rest)
+        g = Decoder(model, tree=m, **options).generate(prompts, len(rest[0]), follow=rest)
         records.append(record(m, g.tokens_per_step, g.accepted))
     return records
 
@@ -697,12 +697,14 @@ def parse_args(argv=None):
 
 
 def load_tree(run, offsets):
-    """The tree that experiments/calibrate.py saved for a run, or None. Raises InputError."""
+    """What experiments/calibrate.py saved for a run -> its tree and draft_vocab, each None if
+    there is none. Raises InputError."""
     path = (Path(run) if os.path.isdir(run) else Path(run).parent) / "tree.json"
     try:
-        return check_tree(json.loads(path.read_text())["tree"], offsets)
+        saved = json.loads(path.read_text())
+        return check_tree(saved["tree"], offsets), saved.get("draft_vocab")
     except FileNotFoundError:
-        return None
+        return None, None
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise InputError(f"{path} holds no tree for this model ({error}); "
                          f"make it again: python experiments/calibrate.py {run}") from None
@@ -714,7 +716,7 @@ def find_methods(run, model, wanted=None):
     if wanted:
         offsets = [parse_offsets(name) for name in wanted if name != "tree"]
     if not wanted or "tree" in wanted:
-        tree = load_tree(run, model.offsets)
+        tree, _ = load_tree(run, model.offsets)
         require(tree is not None or not wanted,
                 f"{run} has no tree: python experiments/calibrate.py {run} finds one")
     chains = [chain(draft_sources(check_offsets(o, model.offsets))) for o in offsets]
@@ -737,7 +739,8 @@ def report(model, state, args):
     print(f"{args.run}: {parameters / 1e6:.2f}M parameters, offsets {model.offsets}; "
           f"{len(prompts)} prompts, {n} new tokens each, batch {args.batch_size}, {args.dtype} on "
           f"{device}, {'compiled' if compile else 'eager'}, {torch.get_num_threads()} threads")
-    generated, how = [], dict(top_k=args.top_k, top_p=args.top_p, seed=args.seed)
+    generated, (_, draft_vocab) = [], load_tree(args.run, model.offsets)
+    how = dict(top_k=args.top_k, top_p=args.top_p, seed=args.seed, draft_vocab=draft_vocab)
     Decoder(model, temperature=args.temperature, **how)  # errors come before the work
     for temperature in sorted({0.0, args.temperature}):
         records = compare(model, methods, prompts, n, temperature, args.rounds, args.batch_size,
@@ -749,7 +752,7 @@ def report(model, state, args):
         generated += [{k: v for k, v in r.items() if k != "texts"} for r in records]
     rows = min(32, 2 ** 15 // config.block_size)
     windows = corpus.windows("val", 2 * rows, config.block_size)[::2]  # calibrate.py: the others
-    held_out = follow_text(model, windows, methods)
+    held_out = follow_text(model, windows, methods, draft_vocab=draft_vocab)
     print_table(f"held-out text of {corpus.meta.get('source', corpus.folder)}, followed", held_out)
     return dict(run=args.run, parameters=parameters, steps=state.get("step"), args=vars(args),
                 compiled=compile, environment=environment(device), generated=generated,
@@ -778,6 +781,7 @@ def stream(model, state, args):
     check_prompts([prompt], n, model.gpt.config)
     decoder = Decoder(model.to(device), tree=tree, temperature=args.temperature, top_k=args.top_k,
                       top_p=args.top_p, seed=args.seed, dtype=getattr(torch, args.dtype),
+                      draft_vocab=load_tree(args.run, model.offsets)[1],
                       compile=args.compile == "yes", max_length=len(prompt) + n)
     utf8, shown = codecs.getincrementaldecoder("utf-8")("replace"), len(prompt)
     color = sys.stdout.isatty() and "NO_COLOR" not in os.environ

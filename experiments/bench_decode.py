@@ -331,7 +331,7 @@ def load_size(name, args, device):
     if not set(OFFSETS) <= set(model.offsets) or model.gpt.config.block_size < LENGTH:
         raise InputError(f"the benchmark needs a run with offsets {OFFSETS} and a context of "
                          f"{LENGTH}")
-    tree = load_tree(args.run, model.offsets) or tree
+    tree = load_tree(args.run, model.offsets)[0] or tree
     prompts = Corpus(state["args"]["data"]).windows("val", args.prompts, PROMPT).tolist()
     return model.to(device), tree, prompts, "trained"
 

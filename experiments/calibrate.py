@@ -9,7 +9,8 @@ measures both. Teacher forcing on held-out text shows at every position which dr
 The tree then grows node by node, each time by the draft that is accepted most often where nothing
 is accepted yet (Medusa, arXiv 2401.10774). Finally, blocks of growing size are timed. The tree
 with the most tokens per step, relative to the cost of its step, is kept for decode.py. It may be
-a chain, or the empty tree, which is NTP."""
+a chain, or the empty tree, which is NTP. With a large vocabulary it is also tried whether drafts
+from the most frequent tokens alone pay: they are cheaper, and a little fewer are right."""
 import json
 import os
 import statistics
@@ -22,8 +23,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import (Parser, Progress, corpus_of, environment, load_model, one_line_errors,
                     pick_device, write_whole)
 from decode import Decoder, Node, can_compile, clock, depths, exact_kernels, ready, record
+from marginalize import unigram
 from model import InputError
 
+VOCABS = (32768, 16384, 8192, 4096)  # numbers of tokens to draft among that are timed
 BLOCKS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 20, 24, 32, 48, 64)  # sizes that are timed
 
 
@@ -68,6 +71,14 @@ def draft_hits(model, windows, sources, ranks=1):
         right = (best[o][:, first - b:end - b] == target).cpu()  # (B, n, ranks)
         hits |= {(o, b, r): right[:, :, r] for r in range(ranks)}
     return hits
+
+
+def hits_within(vocab, windows, hits):
+    """Which of draft_hits(...) are left to heads that draft among the tokens `vocab`: those whose
+    token is one of them. (Where a better token is none of them a few more would be right.)"""
+    inside, first = torch.isin(windows, torch.tensor(vocab)), max(b for _, b, _ in hits)
+    return {(o, b, r): hit & inside[:, first + o - b:][:, :hit.shape[1]]
+            for (o, b, r), hit in hits.items()}
 
 
 def accepted_depths(tree, hits):
@@ -194,16 +205,16 @@ def step_latencies(decoders, batch_size=1, rounds=9, seconds=0.05):
 
 
 def calibrate(model, windows, nodes=None, batch_size=1, dtype=None, compile=False, ranks=8,
-              max_length=None, progress=True):
+              max_length=None, progress=True, frequent=()):
     """The best tree of drafts for this model on this machine, from held-out windows (B, T + 1)
-    int64.
+    int64. frequent: all tokens, the most frequent first.
 
     With `nodes`, it is the tree of that many nodes that accepts most. Otherwise it is the one that
     is expected to emit most tokens per second: growing blocks are timed against NTP until even
     the tokens of the largest tree could not pay for the block. Costs are those of greedy steps;
-    sampling adds a little per draft. -> dict(tree, table: a list of dict(block, tokens_per_step,
-    cost, seconds_per_step, speedup), accuracy: {"offset o, look-back b": [fraction right of rank
-    0, 1, ...]})"""
+    sampling adds a little per draft. -> dict(tree, draft_vocab, table: a list of dict(block,
+    tokens_per_step, cost, seconds_per_step, speedup, vocab), accuracy: {"offset o, look-back b":
+    [fraction right of rank 0, 1, ...]})"""
     distances = range(2, model.offsets[-1] + 1)
     sources = [(o, o - j) for j in distances for o in model.offsets if o >= j]
     hits = draft_hits(model, windows, sources, min(ranks, model.gpt.config.vocab_size))
@@ -212,30 +223,37 @@ def calibrate(model, windows, nodes=None, batch_size=1, dtype=None, compile=Fals
     for (o, b, _), hit in hits.items():  # in order of rank
         accuracy.setdefault(f"offset {o}, look-back {b}", []).append(hit.float().mean().item())
 
-    def tokens_per_step(tree):
+    def tokens_per_step(tree, hits=hits):
         return 1 + statistics.fmean(simulate_steps(accepted_depths(tree, hits))) if tree else 1.0
     if nodes is not None:
         table = [dict(block=1 + len(tree), tokens_per_step=tokens_per_step(tree))]
-        return dict(tree=tree, table=table, accuracy=accuracy)
-    ntp, table, best, model = None, [], 0.0, ready(model, dtype)
+        return dict(tree=tree, draft_vocab=None, table=table, accuracy=accuracy)
+    model, table, how = ready(model, dtype), [], dict(compile=compile, max_length=max_length)
+    ntp = Decoder(model, tree=(), **how)
+
+    def measure(tree, per_step, vocab=None):
+        decoder = Decoder(model, tree=tree, draft_vocab=vocab, **how) if tree else ntp
+        base, seconds = step_latencies([ntp, decoder], batch_size)
+        cost = seconds / base
+        table.append(dict(block=1 + len(tree), tokens_per_step=per_step, cost=cost,
+                          seconds_per_step=seconds, speedup=per_step / cost,
+                          vocab=vocab and len(vocab)))
+        return cost
     blocks = [b for b in BLOCKS if b <= 1 + len(tree)]
     for block in Progress(blocks, progress, desc="calibrate", unit="block"):
-        decoder = Decoder(model, tree=tree[:block - 1], compile=compile, max_length=max_length)
-        ntp = ntp or decoder
-        base, seconds = step_latencies([ntp, decoder], batch_size)
-        per_step, cost = tokens_per_step(tree[:block - 1]), seconds / base
-        table.append(dict(block=block, tokens_per_step=per_step, cost=cost,
-                          seconds_per_step=seconds, speedup=per_step / cost))
-        best = max(best, table[-1]["speedup"])
-        if tokens_per_step(tree) / cost < best:
+        cost = measure(tree[:block - 1], tokens_per_step(tree[:block - 1]))
+        if tokens_per_step(tree) / cost < max(row["speedup"] for row in table):
             break
-    block = max(table, key=lambda row: row["speedup"])["block"]
-    return dict(tree=tree[:block - 1], table=table, accuracy=accuracy)
+    tree = tree[:max(table, key=lambda row: row["speedup"])["block"] - 1]
+    for vocab in [frequent[:K] for K in VOCABS if tree and K < len(frequent)]:
+        measure(tree, tokens_per_step(tree, hits_within(vocab, windows, hits)), vocab)
+    K = max(table, key=lambda row: row["speedup"])["vocab"]
+    return dict(tree=tree, draft_vocab=K and frequent[:K], table=table, accuracy=accuracy)
 
 
 def print_calibration(found):
     """Print what `calibrate` returned."""
-    best = 1 + len(found["tree"])
+    best = 1 + len(found["tree"]), found["draft_vocab"] and len(found["draft_vocab"])
     print("fraction of the drafts of rank 1, 2, ... that are right on held-out text")
     for source, ranks in found["accuracy"].items():
         print(f"{source:24}" + " ".join(f"{fraction:4.0%}" for fraction in ranks))
@@ -244,7 +262,9 @@ def print_calibration(found):
         line = f"{r['block']:5}{r['tokens_per_step']:13.2f}"
         if "cost" in r:  # else nothing was timed
             line += f"{r['cost']:7.2f}{1e3 * r['seconds_per_step']:9.2f}{r['speedup']:8.2f}x"
-        print(line + "   <- chosen" * (r["block"] == best))
+        if r.get("vocab"):
+            line += f"  drafting among {r['vocab']:,} tokens"
+        print(line + "   <- chosen" * ((r["block"], r.get("vocab")) == best))
     for i, (node, d) in enumerate(zip(found["tree"], depths(found["tree"])[1:]), 1):
         print(f"node {i:2} after {node.parent:2}, distance {d + 1}: offset {node.offset}, "
               f"look-back {node.look_back}, rank {node.rank + 1}")
@@ -274,7 +294,8 @@ def main(argv=None):
         # The other windows are those that decode.py reports on.
         windows = corpus.windows("val", 64, model.gpt.config.block_size + 1)[1::2]
         found = calibrate(model.to(device), windows, args.nodes, args.batch_size,
-                          getattr(torch, args.dtype), compile)
+                          getattr(torch, args.dtype), compile,
+                          frequent=unigram(corpus).argsort(descending=True, stable=True).tolist())
         print_calibration(found)
         found.update(environment=environment(device), batch_size=args.batch_size, dtype=args.dtype,
                      compiled=compile)

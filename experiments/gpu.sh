@@ -5,7 +5,6 @@
 #     bash experiments/gpu.sh 1 call1.tar  # tests, one step and whole texts at 124M
 #     bash experiments/gpu.sh 2 call2.tar  # 1.5B; the demo's model
 #     bash experiments/gpu.sh 3 call3.tar  # a larger model: training, calibration, marginalisation
-# The study runs on its own: python experiments/study.py, part by part with --only.
 set -uo pipefail
 CALL=${1:?which call, 1 2 or 3} TAR=$(realpath -m "${2:?the tar file to write}")
 cd "$(dirname "$0")/.."

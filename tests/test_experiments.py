@@ -18,14 +18,14 @@ from experiments import calibrate as calibration
 from experiments.bench_train import mfu
 from experiments.calibrate import (BLOCKS, accepted_depths, calibrate, draft_hits,
                                    expected_tokens_per_step, grow_tree, held_out_acceptance,
-                                   simulate_steps)
+                                   hits_within, simulate_steps)
 from experiments.export_medusa import export_medusa
 from experiments.own_text import write_own_text
 from experiments.rounding import check_rounding
 from experiments.trace_page import brackets, html_page
 from heads import draft_sources
 from model import InputError
-from test_decode import BUSHY, LEAP, METHODS, NTP, PROMPTS, counting_model, recompute
+from test_decode import BUSHY, LEAP, METHODS, MTP, NTP, PROMPTS, counting_model, recompute
 
 
 # Calibration: which drafts pay
@@ -121,12 +121,39 @@ def test_calibration_takes_a_smaller_tree_where_wider_blocks_cost_more(cost, sma
     assert 1 + len(found["tree"]) == best["block"]
 
 
+def test_calibration_knows_what_drafting_among_a_few_tokens_loses():
+    # After x comes x + 1, so every draft is right unless its token is not among them.
+    windows, sources = torch.arange(40)[None] % 32, draft_sources(LEAP)
+    hits = draft_hits(counting_model(LEAP), windows, list(sources.values()))
+    for vocab in (list(range(8, 32)), [1, 2, 3, 20]):
+        left = accepted_depths(chain(sources), hits_within(vocab, windows, hits))[0].tolist()
+        for t, accepted in enumerate(left, 1):  # leap looks back from position 1 on
+            inside = [int(windows[0, t + j]) in vocab for j in sources]
+            assert accepted == [*inside, False].index(False)
+
+
+@pytest.mark.parametrize("cost, chosen", [(0.0, None), (1.0, 24)])
+def test_calibration_drafts_among_few_tokens_where_the_others_cost_more(cost, chosen,
+                                                                        monkeypatch):
+    def latencies_of_a_machine(decoders, batch_size):
+        return [1 + (d.t.N > 1) * cost * d.heads.draft_size / 32 for d in decoders]
+    monkeypatch.setattr(calibration, "step_latencies", latencies_of_a_machine)
+    monkeypatch.setattr(calibration, "VOCABS", (24, 8))
+    windows, order = torch.arange(24)[None], [*range(32)]
+    found = calibrate(counting_model(MTP), windows, progress=False, frequent=order)
+    assert [r["vocab"] for r in found["table"]] == [None, None, None, None, 24, 8]
+    assert found["draft_vocab"] == (chosen and order[:chosen])
+
+
 def test_a_calibrated_tree_is_saved_and_compared_from_then_on(run_folder, tmp_path):
     run = shutil.copytree(run_folder, tmp_path / "run")
     result = command("experiments/calibrate.py", run, "--nodes", 6, "--device", "cpu",
                      "--compile", "no")
     assert result.returncode == 0 and "offset 3, look-back 1" in result.stdout, result.stderr
-    assert len(json.loads((run / "tree.json").read_text())["tree"]) == 6
+    saved = json.loads((run / "tree.json").read_text())
+    assert len(saved["tree"]) == 6
+    saved["draft_vocab"] = list(range(32, 127))  # the decoder then drafts these only
+    (run / "tree.json").write_text(json.dumps(saved))
     result = command("decode.py", run, "--methods", "tree", "--prompts", 2, "--rounds", 1,
                      "--compile", "no", "--out", tmp_path / "table.json")
     found = json.loads((tmp_path / "table.json").read_text())["generated"]
