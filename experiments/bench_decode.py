@@ -54,6 +54,7 @@ OFFSETS = (1, 2, 3, 4, 5, 7)
 METHODS = {"NTP": (1,), "MTP": (1, 2, 3, 4), "leap": (1, 3, 5, 7)}
 PARTS = ("latency", "batches", "generate")
 ATTENTION = {"efficient": decode.ATTENTION, "cudnn": [SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH]}
+FEW = 8192  # tokens to draft among (FR-Spec)
 PROMPT, NEW = 64, 192  # tokens of a prompt, and of its continuation
 LENGTH = PROMPT + NEW
 
@@ -108,10 +109,15 @@ def bench_latency(model, compile, bandwidth, blocks, bar):
 
 
 def bench_batches(model, compile, sizes, bar):
-    """Efficiency by batch size: the latency of an NTP step over that of a method's step. -> list
-    of dict(batch, method, ms, efficiency)"""
-    decoders = {name: Decoder(model, offsets, max_length=LENGTH, compile=compile)
-                for name, offsets in METHODS.items()}
+    """Efficiency by batch size: the latency of an NTP step over that of a method's step. With a
+    large vocabulary also of heads that draft among FEW tokens. -> list of dict(batch, method, ms,
+    efficiency)"""
+    how = dict(max_length=LENGTH, compile=compile)
+    decoders = {name: Decoder(model, offsets, **how) for name, offsets in METHODS.items()}
+    if model.gpt.config.vocab_size > 2 * FEW:
+        decoders |= {f"{name}, {FEW:,} tokens": Decoder(model, METHODS[name], **how,
+                                                        draft_vocab=range(FEW))
+                     for name in ("MTP", "leap")}
     found = []
     for size in sizes:
         bar.set_postfix_str(f"batch {size}")
