@@ -296,7 +296,7 @@ def draw_layers(part, axis):
         read = [int(row.split()[-1]) for row in rows]
         axis.plot(read, np.mean(right, 1), "o-", color=f"C{i}", label=name)
         axis.plot(read, right, ".", color=f"C{i}", alpha=0.4)
-    axis.set(xlabel="layer that the head reads", ylabel="top-1 at t+2, %")
+    axis.set(xlabel="layer that the head reads", ylabel="top-1 at t+2, %", xticks=read)
 
 
 def draw_recipes(part, axis):
