@@ -172,7 +172,8 @@ def load_checkpoint(path):
         model.load_state_dict(state.pop("model"))
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
-        raise InputError(f"{path} is not a checkpoint of this train.py: {reason}") from None
+        raise InputError(f"{path} is not a checkpoint of this train.py; train it again "
+                         f"({reason})") from None
     return model, state
 
 

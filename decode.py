@@ -702,8 +702,8 @@ def load_tree(run, offsets):
     path = (Path(run) if os.path.isdir(run) else Path(run).parent) / "tree.json"
     try:
         saved = json.loads(path.read_text())
-        vocab = saved.get("draft_vocab")
-        return check_tree(saved["tree"], offsets), vocab and [int(token) for token in vocab]
+        tree, vocab = check_tree(saved["tree"], offsets), saved.get("draft_vocab")
+        return tree, vocab and [int(token) for token in vocab]
     except FileNotFoundError:
         return None, None
     except (OSError, ValueError, LookupError, TypeError) as error:

@@ -72,7 +72,7 @@ def measure_run(run, args):
 
 
 def comparisons(rows, seeds, distills):
-    """Tokens per step, relative to the first of `distills`, of measure_run's rows -> list of dict"""
+    """Tokens per step relative to the first of `distills`: measure_run's rows -> list of dict"""
     found, first = [], distills[0]
     steps = {(r["heads"], r["distill"], r["seed"]): r["steps"] for r in rows}
     for kind, text, method, d in product(HEADS, ("sampled", "real"), METHODS, distills[1:]):
