@@ -374,14 +374,20 @@ class Decoder:
         count, from position `start` (B,) on."""
         t = self.t
         if t.H:
-            i = torch.arange(path.shape[1], device=self.device)
-            slots, mask = self.slots_and_mask(s, start, visible=i[:, None] >= i)
-            next_tokens = s.tokens.gather(1, start[:, None] + i + 1)  # (B, n)
-            z = self.heads.run(h[s.row, path], next_tokens, s.caches[1:], slots, mask)
             # Only the W newest tokens draft, those before the root. They stand at i on the path.
             newest = s.position[:, None] + torch.arange(-t.W, 0, device=self.device)  # (B, W)
             i = newest - start[:, None]
-            logits = self.heads.logits(z[s.row, i.clamp(min=0)])  # (B, W, H, K)
+            at = i.clamp(min=0)
+            if self.heads.attend:  # to the whole path
+                j = torch.arange(path.shape[1], device=self.device)
+                slots, mask = self.slots_and_mask(s, start, visible=j[:, None] >= j)
+                next_tokens = s.tokens.gather(1, start[:, None] + j + 1)  # (B, n)
+                z = self.heads.run(h[s.row, path], next_tokens, s.caches[1:], slots, mask)
+                z = z[s.row, at]  # (B, W, H, C)
+            else:
+                next_tokens = s.tokens.gather(1, start[:, None] + at + 1)  # (B, W)
+                z = self.heads.run(h[s.row, path.gather(1, at)], next_tokens)
+            logits = self.heads.logits(z)  # (B, W, H, K)
             if self.coupled:
                 position = newest[:, :, None] + t.offsets  # (B, W, H) of the drafts
                 logits = self.scores(logits, s.noise_row[:, :, None], position, self.vocab)
