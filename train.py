@@ -12,7 +12,6 @@ holds all other state, and a resumed run ends with the same weights, bit for bit
 import argparse
 import json
 import math
-import os
 import signal
 import time
 from contextlib import contextmanager, nullcontext

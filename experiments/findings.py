@@ -87,6 +87,7 @@ class Part:
 # Paper A
 
 def scale(part):
+    """What next-token models know, by size."""
     small, *_, large, table = part.rows
     yield Claim("A next-token model already knows about later tokens", "points",
                 part.points((large, LATER), (table, LATER), 1.0),
@@ -101,6 +102,7 @@ def scale(part):
 
 
 def translation(part):
+    """What a source sentence adds."""
     its, other = part.rows
     yield Claim("A source sentence pins later tokens down", "points", part.retention(its, other),
                 "Retention on German after its English, against a model trained and asked with "
@@ -110,6 +112,7 @@ def translation(part):
 
 
 def frozen(part):
+    """Heads on a frozen backbone against marginalisation."""
     swept, lengths, names = part.selecting(), part.size["plateau"], {}
     for depth in part.size["depths"]:
         steps = plateau(swept, depth, lengths, part.asked)
@@ -123,6 +126,7 @@ def frozen(part):
 
 
 def layers(part):
+    """Which layer a head for t+2 should read."""
     titles = "Hidden states specialise for the next token", "Large models specialise early"
     for title, shape in zip(titles, (part.size["base"], part.size["deep"])):
         if shape is None:
@@ -138,6 +142,7 @@ def layers(part):
 
 
 def recipes(part):
+    """The recipes, chosen on one seed and judged on the others."""
     swept, row, control = part.selecting(), {}, {}
     for label in RECIPES:
         how = chosen(swept, label, part.asked)
@@ -204,6 +209,7 @@ def by_attenuation(part):
 
 
 def leap(part):
+    """Leaping against adjacent heads, and the theory."""
     text, (g, arrays) = "python", by_attenuation(part)
     four, seven, own = (part.tokens_per_step(text, m) for m in ("MTP4", "MTP7", "leap"))
     written = 112  # tokens of a sampled text
@@ -233,6 +239,7 @@ def leap(part):
 
 
 def stages(part):
+    """L-MTP's two stages, and what they do to the next-token model."""
     two, one, control = "two stages", "one stage", "trained on"
     yield Claim("Two stages write more tokens per step than one gentle stage", "tokens per step",
                 part.per_step(two, "leap", one, "leap"),
@@ -261,10 +268,12 @@ def sooner(part, pairs, cost=1.0):
 
 
 def steps_of(part, rows):
+    """The mean steps of each row, in words."""
     return ", ".join(f"{row} {part[row, 'steps'].mean():.0f}" for row in rows)
 
 
 def planning(part):
+    """The planning task."""
     long = [n for n in part.size["bits"] if n >= 12]
     yield Claim("Leaping heads help to plan where adjacent ones see too little", "doublings",
                 sooner(part, [(f"{n} bits, MTP", f"{n} bits, leap") for n in long]),
@@ -274,6 +283,7 @@ def planning(part):
 
 
 def induction(part):
+    """The induction task."""
     yield Claim("The loss for two tokens makes a better next-token model", "doublings",
                 sooner(part, [("NTP", "two tokens")], READER_COST),
                 "With how much less compute offsets 1,2 learn the second token of a name that "
@@ -290,6 +300,7 @@ PAPERS = {"Paper A": (scale, translation, frozen, layers, recipes),
 # Figures. Each draws a part.
 
 def draw_layers(part, axis):
+    """Accuracy at t+2 by the layer that the head reads."""
     for i, name in enumerate(dict.fromkeys(row.split(",")[0] for row in part.rows)):
         rows = [row for row in part.rows if name in row]
         right = [100 * part[row, HEAD].mean(1) / part.asked for row in rows]  # (layers, seeds)
@@ -300,6 +311,7 @@ def draw_layers(part, axis):
 
 
 def draw_recipes(part, axis):
+    """Accuracy at t+2 against next-token loss, a point per recipe."""
     for row, by_seed in part.rows.items():
         kind = row.removeprefix("residual, ").rsplit(", ", 1)[0]
         if by_seed.keys() != {str(SELECT)} and HEAD in next(iter(by_seed.values())):
@@ -314,6 +326,7 @@ def draw_recipes(part, axis):
 
 
 def draw_leap(part, axis):
+    """Leap's gain over MTP4 by attenuation, and the formula."""
     g, arrays = by_attenuation(part)
     half = len(g) // 2
     for i, (name, windows) in enumerate(zip(part.rows, (range(half), range(half, 2 * half)))):
@@ -328,6 +341,7 @@ def draw_leap(part, axis):
 
 
 def draw_task(part, axis):
+    """How fast each method learns a task, a line per seed."""
     for i, row in enumerate(list(part.rows)[-3:]):
         for found in part.rows[row].values():
             curve = [100 * a for a in found["curve"]]
