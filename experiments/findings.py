@@ -132,13 +132,15 @@ def layers(part):
         if shape is None:
             continue
         L, name = shape[0], f"{shape[0]}x{shape[2]}"
-        right = {row: sum(found[HEAD]) for row, found in part.selecting().items() if name in row}
-        last = f"{name}, layer {L}"
+        last, backbone = f"{name}, layer {L}", f"{name}, backbone"
+        right = {row: sum(found[HEAD]) for row, found in part.selecting().items()
+                 if row.startswith(f"{name}, layer")}
         best = max(right.keys() - {last}, key=right.get)
         yield Claim(title, "points", part.points((best, HEAD), (last, HEAD)),
                     f"Heads for t+2 that read {best}, the best below the last on another seed, "
                     f"against the last: {part.percent(best, HEAD)} and "
-                    f"{part.percent(last, HEAD)}.")
+                    f"{part.percent(last, HEAD)}. The backbone, marginalised: "
+                    f"{part.percent(backbone, LATER)}.")
 
 
 def recipes(part):
@@ -301,13 +303,17 @@ PAPERS = {"Paper A": (scale, translation, frozen, layers, recipes),
 
 def draw_layers(part, axis):
     """Accuracy at t+2 by the layer that the head reads."""
+    ticks = []
     for i, name in enumerate(dict.fromkeys(row.split(",")[0] for row in part.rows)):
-        rows = [row for row in part.rows if name in row]
+        rows = [row for row in part.rows if row.startswith(f"{name}, layer")]
+        axis.axhline(100 * part[f"{name}, backbone", LATER].mean() / part.asked, color=f"C{i}",
+                     linestyle="--", label=f"{name}, marginalised")
         right = [100 * part[row, HEAD].mean(1) / part.asked for row in rows]  # (layers, seeds)
         read = [int(row.split()[-1]) for row in rows]
-        axis.plot(read, np.mean(right, 1), "o-", color=f"C{i}", label=name)
+        axis.plot(read, np.mean(right, 1), "o-", color=f"C{i}", label=f"{name}, heads")
         axis.plot(read, right, ".", color=f"C{i}", alpha=0.4)
-    axis.set(xlabel="layer that the head reads", ylabel="top-1 at t+2, %", xticks=read)
+        ticks += read
+    axis.set(xlabel="layer that the head reads", ylabel="top-1 at t+2, %", xticks=ticks)
 
 
 def draw_recipes(part, axis):

@@ -44,7 +44,8 @@ def plateau(rows, depth, lengths, positions):
 
 
 def layers(study, seed):
-    """-> {"L x C, layer l": foresee of a head that reads layer l}, also for a deep model"""
+    """-> {"LxC, backbone": foresee of it, "LxC, layer l": ... of a head that reads layer l}, also
+    for a deep model"""
     rows = {}
     for shape in filter(None, (study.size.base, study.size.deep)):
         if shape == study.size.deep and seed not in (SELECT, *study.size.seeds[:3]):
@@ -52,6 +53,7 @@ def layers(study, seed):
         name, L = f"{shape.n_layer}x{shape.n_embd}", shape.n_layer
         steps = study.size.steps if shape == study.size.base else study.size.deep_steps
         base = study.base(seed, shape=shape, steps=steps)
+        rows[f"{name}, backbone"] = study.measured(base, foresee)
         for layer in range(1, L + 1) if L < 8 else (L // 3, 2 * L // 3, L - 1, L):
             start = reading(study, base, layer, seed)
             run = study.run(f"reads-{name}-{layer}", seed, start, shape=shape, whs=True,
