@@ -40,11 +40,19 @@ def pick_device(name):
     raise InputError(f"device {name!r} is not available here; try --device cpu")
 
 
+def cpu_name():
+    """What Linux calls the CPU; elsewhere its architecture."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = [line.split(": ")[1] for line in lines if line.startswith("model name")]
+    return (names or [platform.machine()])[0]
+
+
 def environment(device):
     """What a measurement depends on, for result files."""
     cuda = device.type == "cuda"
     return dict(torch=torch.__version__, python=platform.python_version(), device=str(device),
-                device_name=torch.cuda.get_device_name(device) if cuda else platform.machine(),
+                device_name=torch.cuda.get_device_name(device) if cuda else cpu_name(),
                 threads=torch.get_num_threads(), date=datetime.date.today().isoformat())
 
 

@@ -7,7 +7,7 @@ A model that predicts several tokens can be its own draft model (blockwise paral
 et al. 2018). Each step feeds a *block*: the last known token, the root, and draft tokens for the
 positions after it. One forward pass gives, after each token, the *target*: what the model itself
 emits there. Drafts are accepted while they equal their targets; the target after the last accepted
-one is the *bonus token*. The heads draft the next block in the same pass.
+one is the *bonus token*. From the hidden states of the same pass, the heads draft the next block.
 
 The text cannot change, because every emitted token is the model's own target, given all tokens
 before it. At temperature T the target is argmax(logits / T + noise), and the Gumbel noise is a
@@ -282,10 +282,10 @@ class Decoder:
         weight, self.vocab = model.gpt.lm_head.weight, None
         self.model, self.device, self.dtype = model, weight.device, weight.dtype
         if draft_vocab is not None:
-            # Sorted, so that ties fall to the same token as without it.
-            self.vocab = torch.tensor(sorted(set(draft_vocab)), device=self.device)
-            require(len(self.vocab) and 0 <= self.vocab[0] <= self.vocab[-1] < config.vocab_size,
+            vocab = sorted(set(draft_vocab))  # so that ties fall to the same token as without it
+            require(vocab and 0 <= vocab[0] <= vocab[-1] < config.vocab_size,
                     f"draft_vocab must hold token ids in 0..{config.vocab_size - 1}")
+            self.vocab = torch.tensor(vocab, device=self.device)
         self.heads = DraftHeads(model, offsets_of(self.tree), self.vocab)
         self.temperature, self.top_k, self.top_p = float(temperature), top_k, top_p
         self.seed, self.coupled, self.compile = int(seed) & 0xFFFFFFFF, coupled, compile

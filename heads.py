@@ -151,7 +151,7 @@ def weighted_hidden_states(states, mix):
 
 class Head(nn.Module):
     """From the hidden states after x_1..x_t to those whose unembedding predicts x_{t+o}. At first
-    it changes nothing: an untrained head predicts the next token, as the GPT does."""
+    it adds nothing: an untrained head predicts the next token, with WHS from all layers."""
 
     def __init__(self, gpt, config):
         super().__init__()
@@ -289,7 +289,7 @@ PADDING = {"cuda": 64}  # its kernels like a multiple of this many rows of an un
 
 class DraftHeads:
     """The heads of some offsets, and offset 1, for decoding. What is run together is copied: the
-    weights of heads that do not attend, and, on CUDA, the unembedding, to pad it.
+    weights of heads that do not attend, the rows of `vocab`, and, on CUDA, what is padded.
 
     vocab (K,) int64: the only tokens that heads draft; None: all V."""
 

@@ -1,8 +1,8 @@
 """Read a prepared corpus: memory-mapped tokens, random batches for training, fixed windows.
 
 A batch is a few slices of one array, which costs less than handing it between worker processes,
-so there is no Dataset and no DataLoader. It is a function of (seed, step, rank) and the split, so
-a run resumed at step 1000 sees the batches of an uninterrupted one.
+so there is no Dataset and no DataLoader. It is a function of (seed, step) and the split, so a
+run resumed at step 1000 sees the batches of an uninterrupted one.
 """
 import json
 from pathlib import Path
@@ -58,7 +58,7 @@ class Corpus:
         self.train = np.memmap(self.folder / "train.bin", dtype="<u2", mode="r")
         self.val = np.memmap(self.folder / "val.bin", dtype="<u2", mode="r")
 
-    def batch(self, split, batch_size, length, step, seed=0, rank=0):
+    def batch(self, split, batch_size, length, step, seed=0):
         """Random windows of "train" or "val", int64 (batch_size, length), fixed by the arguments.
 
         A window holds inputs and targets: T positions that predict up to d tokens ahead need T + d
@@ -66,7 +66,7 @@ class Corpus:
         Raises CorpusError for an unknown split, or one shorter than `length`.
         """
         tokens = self._tokens(split, length)
-        rng = np.random.default_rng([seed, step, rank, SPLITS.index(split)])
+        rng = np.random.default_rng([seed, step, 0, SPLITS.index(split)])
         starts = rng.integers(0, len(tokens) - length + 1, size=batch_size)
         return gather(tokens, starts, length)
 

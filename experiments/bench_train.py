@@ -1,4 +1,4 @@
-"""What training costs: the loop and its optimizer against plain ones, eight heads against none.
+"""What training costs: the loop and its optimizer against plain ones, eight offsets against one.
 
     python experiments/bench_train.py --out experiments/results/bench_train_cpu.json
 
@@ -157,7 +157,7 @@ def step_memory(device, n):
 
 
 def bench_memory(device):
-    """-> dict(ntp, eight_heads: peak bytes of a step; ratio)"""
+    """-> dict(ntp, eight_offsets: peak bytes of a step; ratio)"""
     found = []
     for n in (1, 8):
         command = [sys.executable, __file__, "--device", str(device), "--memory", str(n)]
@@ -166,7 +166,7 @@ def bench_memory(device):
             reason = done.stderr.strip().splitlines()[-1]
             raise InputError(f"the memory of a step could not be measured: {reason}")
         found.append(int(done.stdout))
-    return dict(ntp=found[0], eight_heads=found[1], ratio=found[1] / found[0])
+    return dict(ntp=found[0], eight_offsets=found[1], ratio=found[1] / found[0])
 
 
 def main(argv=None):
@@ -205,7 +205,7 @@ def main(argv=None):
                   f"{'; '.join(shown)}: {r['over_adamw']:.2f}x and {r['over_muon']:.2f}x")
         m = results["memory"]
         print(f"peak of a step: NTP {m['ntp'] / 2**20:,.0f} MiB, offsets 1..8 "
-              f"{m['eight_heads'] / 2**20:,.0f} MiB: {m['ratio']:.3f}x")
+              f"{m['eight_offsets'] / 2**20:,.0f} MiB: {m['ratio']:.3f}x")
         if args.out:
             write_whole(args.out, json.dumps(results, indent=1) + "\n")
         print(json.dumps(results))

@@ -22,7 +22,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import (Parser, Progress, corpus_of, environment, load_model, one_line_errors,
                     pick_device, write_whole)
-from decode import Decoder, Node, can_compile, clock, depths, exact_kernels, ready, record
+from decode import Decoder, Node, can_compile, clock, depths, exact_kernels, ready
 from marginalize import unigram
 from model import InputError
 
@@ -101,38 +101,6 @@ def simulate_steps(accepted):
             steps.append(row[t])
             t += row[t] + 1
     return steps
-
-
-def held_out_acceptance(model, windows, tree):
-    """How a tree drafts real text, windows (B, T + 1). -> three things: the tokens per step of a
-    decoder that follows it; {distance j: fraction of its steps that accept a draft at distance
-    j}; and {j: a_j} over all positions, as expected_tokens_per_step takes it. That formula
-    promises more than the decoder finds: it takes long steps through easy text, so most of its
-    steps begin where text is hard."""
-    if not tree:
-        return 1.0, {}, {}
-    sources = list(dict.fromkeys((node.offset, node.look_back) for node in tree))
-    hits = draft_hits(model, windows, sources, 1 + max(node.rank for node in tree))
-    accepted, reached = accepted_depths(tree, hits), range(1, 1 + max(depths(tree)))
-    steps = simulate_steps(accepted)
-    by_distance = {d + 1: statistics.fmean(n >= d for n in steps) for d in reached}
-    given_nearer = {d + 1: (accepted >= d).sum().item() / max(1, (accepted >= d - 1).sum().item())
-                    for d in reached}
-    return 1 + statistics.fmean(steps), by_distance, given_nearer
-
-
-def held_out_records(model, corpus, methods):
-    """A record, as from decode.compare, of how each method (a tree) drafts held-out text. Leaves
-    out the methods that look further ahead than half of the context."""
-    records, context = [], model.gpt.config.block_size
-    windows = corpus.windows("val", 64, context + 1)[::2]  # calibration uses the others
-    for m in methods:
-        if 2 * max([node.offset for node in m], default=1) < context:
-            per_step, accepted, a = held_out_acceptance(model, windows, m)
-            expected = expected_tokens_per_step(a.values())
-            records.append(record(m, per_step, accepted, acceptance=a,
-                                  expected_tokens_per_step=expected))
-    return records
 
 
 # ----------------------------------------------------------------------------------------------

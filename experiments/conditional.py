@@ -85,9 +85,8 @@ def measure_run(run, args):
         tokens_per_step={name: r["tokens_per_step"] for name, r in zip(chains, followed)})
 
 
-def draw(rows, path):
+def draw(rows, plt, path):
     """Accuracy by distance, heads against their ceilings, and tokens per step on real text."""
-    plt = import_pyplot()
     figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
     colors = {"independent": "#999999", "conditional": "#1f6f8b"}
     for axis, recipe in zip(axes, ("frozen", "scratch")):
@@ -139,6 +138,7 @@ def main(argv=None):
     with one_line_errors("conditional.py", memory="--windows"):
         require(args.steps > 0 and args.windows > 1, "--steps must be at least 1, --windows 2")
         check_output("out", args.out)
+        plt = import_pyplot() if args.out else None  # if it is missing, fail before the work
         trained = {seed: runs_of(seed, args) for seed in args.seeds}
         rows = [dict(seed=seed, recipe=recipe, heads=kind, **measure_run(run, args))
                 for seed, runs in trained.items() for (recipe, kind), run in runs.items()]
@@ -164,7 +164,7 @@ def main(argv=None):
             write_whole(args.out, json.dumps(dict(
                 command=command, environment=environment(pick_device(args.device)), rows=rows,
                 tokens_per_step_ratio=ratios), indent=1) + "\n")
-            draw(rows, Path(args.out).with_suffix(".png"))
+            draw(rows, plt, Path(args.out).with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import Parser, Progress, check_output, one_line_errors, write_whole
 from decode import Decoder, chain, compile_step
-from experiments.bench_decode import METHODS, OFFSETS, SIZES, flat_tree
+from experiments.bench_decode import FEW, METHODS, OFFSETS, SIZES, flat_tree
 from heads import HeadsConfig, MultiTokenGPT, draft_sources
 from model import GPT, GPTConfig, InputError
 
@@ -43,9 +43,9 @@ from model import GPT, GPTConfig, InputError
 
 TREES = {**{name: chain(draft_sources(offsets)) for name, offsets in METHODS.items()},
          "tree of 8": flat_tree(7), "tree of 64": flat_tree(63)}
-DEFAULT = dict(size="124M", tree="MTP", kind="resblock", whs=False, conditional=False, batch=1,
-               dtype="bfloat16", temperature=0.0, top_k=None, top_p=None,
-               layers=None)  # all of the size's
+DEFAULT = dict(size="124M", tree="MTP", kind="resblock", whs=False, conditional=False,
+               own_unembedding=False, draft_vocab=None, batch=1, dtype="bfloat16", temperature=0.0,
+               top_k=None, top_p=None, layers=None)  # all of the size's
 SAMPLED = dict(temperature=1.0, top_k=50, top_p=0.9)
 COUNTED = [dict(size=size, tree=tree) for size, tree in product(SIZES, METHODS)]
 COUNTED += [dict(tree=tree, conditional=True) for tree in ("MTP", "leap")]
@@ -56,6 +56,8 @@ COMPILED = [dict(layers=2, **variant) for variant in [  # layers are alike, so t
     *(dict(tree=tree, **heads, **how) for tree in ("MTP", "leap", "tree of 8")
       for how in ({}, SAMPLED)
       for heads in (dict(kind="block"), dict(whs=True), dict(conditional=True))),
+    *(dict(tree=tree, **more) for tree in ("MTP", "leap")
+      for more in (dict(own_unembedding=True), dict(draft_vocab=range(FEW)))),
     dict(size="toy", tree="leap", dtype="float32", temperature=1.0),
     dict(size="1.5B", tree="tree of 64", **SAMPLED)]]
 
@@ -119,7 +121,7 @@ class Lowered(Exception):
     """The step is compiled. What remains would run it."""
 
 
-def lower(size, tree, kind, whs, conditional, batch, dtype, layers, **sampling):
+def lower(size, tree, kind, whs, conditional, own_unembedding, batch, dtype, layers, **how):
     """Compile one step for the H200. -> what `count` returns, and the seconds that it took.
     Raises what the compiler raises if it fails."""
     import torch._inductor.config as config
@@ -130,10 +132,11 @@ def lower(size, tree, kind, whs, conditional, batch, dtype, layers, **sampling):
     shape = SIZES[size] if layers is None else SIZES[size] | dict(n_layer=layers)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda:0"), torch.no_grad():
         torch.set_default_dtype(getattr(torch, dtype))  # fake parameters have no .to(dtype)
-        heads = HeadsConfig(OFFSETS, kind, whs=whs, conditional=conditional)
+        heads = HeadsConfig(OFFSETS, kind, own_unembedding=own_unembedding, whs=whs,
+                            conditional=conditional)
         model = MultiTokenGPT(GPT(GPTConfig(**shape)), heads).eval()
         torch.set_default_dtype(torch.float32)
-        decoder = Decoder(model, tree=TREES[tree], max_length=256, **sampling)
+        decoder = Decoder(model, tree=TREES[tree], max_length=256, **how)
         s, _ = decoder.state(batch)
     programs = []
 

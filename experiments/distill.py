@@ -85,7 +85,7 @@ def comparisons(rows, seeds, distills):
 
 def main(argv=None):
     """Train, measure and print. Bad input is one line and status 2."""
-    p = Parser(prog="distill.py", description="Compare heads that learn from the corpus with heads "
+    p = Parser(prog="distill.py", description="Compare heads that learn from text with heads "
                "that learn from the model's own distribution.")
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of weights, batches")
     p.add_argument("--distill", type=float, nargs="+", default=[0.0, 0.5, 1.0],
@@ -104,8 +104,8 @@ def main(argv=None):
         check_output("out", args.out)
         rows = [dict(seed=seed, heads=kind, distill=distill, **measure_run(run, args))
                 for seed in args.seeds for (kind, distill), run in runs_of(seed, args).items()]
-        print(f"\n{'heads':14}{'distill':>7}{'seed':>5}{'nats':>8}  tokens/step: sampled MTP, leap; "
-              "real MTP, leap")
+        print(f"\n{'heads':14}{'distill':>7}{'seed':>5}{'nats':>8}  tokens/step: sampled MTP, "
+              "leap; real MTP, leap")
         for r in sorted(rows, key=lambda r: (r["heads"], r["distill"])):
             per_step = [r["tokens"] / statistics.fmean(steps) for by_method in r["steps"].values()
                         for steps in by_method.values()]

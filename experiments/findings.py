@@ -14,12 +14,12 @@ from typing import NamedTuple
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import one_line_errors, write_whole
+from common import Parser, one_line_errors, write_whole
 from experiments.calibrate import expected_tokens_per_step
 from experiments.plots import import_pyplot
 from experiments.study_layers import plateau
 from experiments.study_leap import METHODS
-from experiments.study_recipes import RECIPES, chosen, control_of
+from experiments.study_recipes import MOST_LOST, RECIPES, chosen, control_of, lost
 from experiments.study_runs import ROOT, SELECT
 from experiments.study_tasks import EVERY, READER_COST
 from experiments.verdicts import estimate, holm, verdict
@@ -88,7 +88,8 @@ class Part:
 
 def scale(part):
     """What next-token models know, by size."""
-    small, *_, large, table = part.rows
+    *sizes, table = part.rows
+    small, large = sizes[0], sizes[-1]
     yield Claim("A next-token model already knows about later tokens", "points",
                 part.points((large, LATER), (table, LATER), 1.0),
                 f"Top-1 at t+2, marginalised: {part.percent(large, LATER)}. Control: a table of "
@@ -98,7 +99,9 @@ def scale(part):
     yield Claim("The larger the model, the more of what it knows reaches t+2", "points",
                 part.retention(large, small),
                 f"Retention (accuracy at t+2 over t+1) of {large} against {small}, layers x width."
-                f" Among the first five it is {five[0]:.0%} against {five[1]:.0%}.")
+                f" Among the first five it is {five[0]:.0%} against {five[1]:.0%}. The accuracy "
+                "itself grows: " + ", ".join(part.percent(row, LATER) for row in sizes)
+                + f" with {', '.join(sizes)}.")
 
 
 def translation(part):
@@ -116,7 +119,8 @@ def frozen(part):
     swept, lengths, names = part.selecting(), part.size["plateau"], {}
     for depth in part.size["depths"]:
         steps = plateau(swept, depth, lengths, part.asked)
-        names[f"{depth} ({steps} steps)"] = f"{depth} layers, {steps} steps"
+        longest = ", the longest tried" * (steps == lengths[-1])
+        names[f"{depth} ({steps} steps{longest})"] = f"{depth} layers, {steps} steps"
     best = max(names.values(), key=lambda name: sum(swept[name][HEAD]))
     each = ", ".join(f"{part.percent(name, HEAD)} with {how}" for how, name in names.items())
     yield Claim("Heads on a frozen backbone stay below marginalisation", "points",
@@ -150,10 +154,13 @@ def recipes(part):
         how = chosen(swept, label, part.asked)
         row[label], control[label] = "{}, {:g} x {:g}".format(label, *how), control_of(*how)
 
-    def best_of(labels):
-        return max(labels, key=lambda label: sum(swept[row[label]][HEAD]))
+    def best_of(labels):  # at about equal next-token loss
+        def merit(label):
+            little = lost(swept, row[label], part.asked) <= MOST_LOST
+            return little, sum(swept[row[label]][HEAD])
+        return max(labels, key=merit)
 
-    def lost(label):
+    def cost(label):
         return f"{part.nats(row[label]) - part.nats(control[label]):+.3f} nats"
     joint = best_of(label for label in RECIPES if "joint" in label and "WHS" not in label)
     best, whs = best_of(RECIPES), "WHS, joint, slower backbone"
@@ -165,18 +172,19 @@ def recipes(part):
     yield Claim("Joint training narrows the gap to marginalisation", "points", narrower,
                 f"The gap at t+2 of {row[joint]}, to the base trained on without a head and "
                 "marginalised, against the gap of frozen heads to the base. Next-token loss "
-                f"against that control: {lost(joint)}.")
+                f"against that control: {cost(joint)}.")
     yield Claim("... but does not close it", "points",
                 part.points((control[best], LATER), (row[best], HEAD)),
-                f"Top-1 at t+2 of the best recipe, {row[best]}: {part.percent(row[best], HEAD)}; "
-                f"its control, marginalised: {part.percent(control[best], LATER)}. From scratch "
+                f"Top-1 at t+2 of the best recipe, {row[best]}: {part.percent(row[best], HEAD)}, "
+                f"at {cost(best)}; its control, marginalised: "
+                f"{part.percent(control[best], LATER)}. From scratch "
                 f"with equal compute: {part.percent('from scratch', HEAD)}, at "
                 f"{part.nats('from scratch'):.3f} next-token nats; the control has "
                 f"{part.nats(control[best]):.3f}.")
     yield Claim("WHS, joint training and differential rates are the best recipe", "points",
                 part.points((row[whs], HEAD), (row[other], HEAD)),
                 f"Top-1 at t+2 against {row[other]}, the best other recipe on another seed. "
-                f"Next-token loss against their controls: {lost(whs)} and {lost(other)}.")
+                f"Next-token loss against their controls: {cost(whs)} and {cost(other)}.")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -210,6 +218,17 @@ def by_attenuation(part):
     return attenuation(np.concatenate(accuracy)), arrays
 
 
+def eighths(part):
+    """Yields the corpus, the mean attenuation and leap's gain over MTP4 of each eighth of a
+    corpus's windows, ordered by attenuation."""
+    g, arrays = by_attenuation(part)
+    half = len(g) // 2
+    for name, windows in zip(part.rows, (range(half), range(half, 2 * half))):
+        for one in np.array_split(sorted(windows, key=lambda w: g[w]), 8):
+            a, b, c, d = (array[:, one].sum() for array in arrays)
+            yield name, g[one].mean(), a / b - c / d
+
+
 def leap(part):
     """Leaping against adjacent heads, and the theory."""
     text, (g, arrays) = "python", by_attenuation(part)
@@ -223,14 +242,18 @@ def leap(part):
                 f"{four:.2f}. On text sampled from the model the difference is "
                 f"{numbers(sampled)}. Offsets 1..7, with six heads, reach {seven:.2f}: what "
                 "leaping saves is three heads, not verified rows.")
-    below = g < break_even()
+    below, half = g < break_even(), len(g) // 2
+    sides = ", ".join(f"{side[:half].sum()} of Python and {side[half:].sum()} of logs {where}"
+                      for side, where in ((below, "below"), (~below, "above")))
+    agree = [(gain > 0) == (mean < break_even()) for _, mean, gain in eighths(part)]
     both = estimate(
         lambda a, b, c, d, A, B, C, D: np.minimum(a / b - c / d, C / D - A / B), 0.0,
         *(array * side for side in (below, ~below) for array in arrays))
     yield Claim("Leaping wins below the break-even of attenuation, and loses above",
                 "tokens per step", both,
-                f"The break-even is g = {break_even():.2f}; {below.sum()} windows of Python "
-                f"source and logs lie below, {(~below).sum()} above, as another seed sees them. "
+                f"The break-even is g = {break_even():.2f}. Windows, as another seed sees them: "
+                f"{sides}. So this compares mostly two kinds of text. Within them, {sum(agree)} "
+                f"of {len(agree)} points of the figure lie on the side that the formula predicts. "
                 "The effect is the smaller one of leap's gain below and its loss above.")
     averaged = estimate(lambda a, b, c: 100 * ((1 + a) / (b / c) - 1), 2.0, *(
         part[text, f"leap, {what}"] for what in ("accepted", "tokens", "steps")))
@@ -246,15 +269,18 @@ def stages(part):
     yield Claim("Two stages write more tokens per step than one gentle stage", "tokens per step",
                 part.per_step(two, "leap", one, "leap"),
                 "Heads alone on the model's own text, then everything at a hundredth of their "
-                "rate; against everything at once at these rates, with equal compute. Next-token "
-                f"loss: {part.nats(two):.3f} and {part.nats(one):.3f} nats.")
+                "rate; against everything at once at these rates, with equal compute: "
+                f"{part.tokens_per_step(two, 'leap'):.2f} and "
+                f"{part.tokens_per_step(one, 'leap'):.2f} tokens per step; after the first stage "
+                f"{part.tokens_per_step('first stage', 'leap'):.2f}. Next-token loss: "
+                f"{part.nats(two):.3f} and {part.nats(one):.3f} nats.")
     better = estimate(lambda c, l: (c - l) / part.asked, 0.005, part[control, "nats"],
                       part[two, "nats"])
     yield Claim("L-MTP's fine-tuning makes the next-token model better", "nats", better,
-                f"Next-token loss: {part.nats(two):.3f} nats; control, the base trained on "
-                "without heads, as long and at the same rate: "
-                f"{part.nats(control):.3f}; untouched base: {part.nats('base'):.3f}. The paper's "
-                "models have 3 to 12 billion parameters.")
+                f"Next-token loss: {part.nats(two):.3f} nats ({part.percent(two, NOW)} right); "
+                "control, the base trained on without heads, as long and at the same rate: "
+                f"{part.nats(control):.3f} ({part.percent(control, NOW)}); untouched base: "
+                f"{part.nats('base'):.3f}. The paper's models have 3 to 12 billion parameters.")
 
 
 def sooner(part, pairs, cost=1.0):
@@ -333,13 +359,10 @@ def draw_recipes(part, axis):
 
 def draw_leap(part, axis):
     """Leap's gain over MTP4 by attenuation, and the formula."""
-    g, arrays = by_attenuation(part)
-    half = len(g) // 2
-    for i, (name, windows) in enumerate(zip(part.rows, (range(half), range(half, 2 * half)))):
-        for one in np.array_split(sorted(windows, key=lambda w: g[w]), 8):
-            a, b, c, d = (array[:, one].sum() for array in arrays)
-            axis.plot(g[one].mean(), a / b - c / d, "o", color=f"C{i}", label=name)
-    x = np.linspace(0.02, g.max(), 200)
+    points = list(eighths(part))
+    for name, g, gain in points:
+        axis.plot(g, gain, "o", color=f"C{[*part.rows].index(name)}", label=name)
+    x = np.linspace(0.02, max(g for _, g, _ in points), 200)
     axis.plot(x, [tokens_at(v, "leap") - tokens_at(v, "MTP4") for v in x], "gray", label="formula")
     axis.axvline(break_even(), color="black", linestyle=":", label="break-even")
     axis.axhline(0, color="black", linewidth=0.5)
@@ -425,8 +448,15 @@ def page(parts, judged, folder):
     return "\n".join(lines) + "\n"
 
 
-def main(folder=RESULTS, out=PAGE):
+def main(argv=None):
     """Write the figures and the page."""
+    p = Parser(prog="findings.py", description="Verdicts, figures and the marked part of the page "
+               "from the results of study.py.")
+    p.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER",
+                   help="with study_SIZE_PART.json; for the figures")
+    p.add_argument("--page", type=Path, default=PAGE, metavar="FILE", help="the page to rewrite")
+    args = p.parse_args(argv)
+    folder, out = args.results, args.page
     with one_line_errors("findings.py", memory="nothing"):
         parts = load(folder)
         try:

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # What only a CUDA device can show, the most valuable first (not yet run on a GPU). A failure does
-# not stop the rest. All results of a call go into one tar file. PYTHON=... chooses the interpreter.
+# not stop the rest. All results of a call go into one tar file. PYTHON=... chooses the interpreter;
+# it needs the packages of '.[test]' and '.[experiments]'. Call 2 uses the model of call 1.
 #     bash experiments/gpu.sh 1 call1.tar  # 7 minutes: tests; the demo
 #     bash experiments/gpu.sh 2 call2.tar  # 5 minutes: one step and whole texts at 124M
 #     bash experiments/gpu.sh 3 call3.tar  # 9 minutes: 1.5B; a larger model, calibrated
@@ -21,7 +22,7 @@ try() {
         { echo "== $1: left out, the call's time is over" | tee -a "$OUT/calls.log"; return; }
     timeout -k 5 $((left < $2 ? left : $2)) "${@:3}" 2>&1 | tee "$OUT/$1.log"
     echo "== $1: status ${PIPESTATUS[0]}, $((SECONDS - start)) s" | tee -a "$OUT/calls.log"
-    tar -C "$OUT" -cf "$TAR" .
+    tar -C "$OUT" -cf "$TAR" .  # what is there, in case that the call is cut short
 }
 # bench NAME SECONDS OPTIONS...
 bench() {
@@ -54,13 +55,14 @@ print(platform.python_version(), torch.__version__, triton.__version__,
     try train 150 "$PY" train.py --data data/python --out runs/gpu --offsets 1,2,3,4,5,7 \
         --n-layer 6 --n-head 6 --n-embd 384 --steps 3000 --device cuda
     try calibrate 120 "$PY" experiments/calibrate.py runs/gpu --device cuda --dtype bfloat16
+    cp runs/gpu/tree.json "$OUT/tree_cuda_bfloat16.json"
     try decode 100 "$PY" decode.py runs/gpu --device cuda --dtype bfloat16 \
         --out "$OUT/decode_cuda_bfloat16.json"
-    cp runs/gpu/tree.json "$OUT/tree_cuda_bfloat16.json"
     try bench_train 120 "$PY" experiments/bench_train.py --device cuda \
         --out "$OUT/bench_train_cuda.json"
     try bench_marginalize 120 "$PY" experiments/bench_marginalize.py --run runs/gpu \
         --device cuda --out "$OUT/bench_marginalize_cuda.json" ;;
 *)  echo "gpu.sh: error: the call is 1, 2 or 3, not $CALL" >&2; exit 2 ;;
 esac
+tar -C "$OUT" -cf "$TAR" .
 cat "$OUT/calls.log"

@@ -289,6 +289,7 @@ def main(argv=None):
             raise InputError("--out names the JSON file; the figure is written beside it")
         check_output("out", args.out)
         check_output("out", figure)
+        plt = import_pyplot() if args.out else None  # if it is missing, fail before the work
         results = dict(command=" ".join(["experiments/layers.py", *(argv or sys.argv[1:])]),
                        environment=environment(pick_device(args.device)), horizon=args.horizon,
                        method=args.method, branches=args.branches)
@@ -297,7 +298,7 @@ def main(argv=None):
         if args.out:
             write_whole(args.out, json.dumps(results, indent=1) + "\n")
             print(f"\nwritten to {args.out}")
-            draw(results, import_pyplot()).savefig(figure, dpi=110)
+            draw(results, plt).savefig(figure, dpi=110)
 
 
 if __name__ == "__main__":

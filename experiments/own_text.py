@@ -3,8 +3,8 @@
     python experiments/own_text.py runs/ntp data/own
     python train.py --data data/own --init runs/ntp --offsets 1,3,5 --backbone-lr 0 --out runs/own
 
-Heads on a frozen backbone learn to predict what that backbone will emit. Its own text therefore
-teaches them more than the corpus, which people wrote. Each document is the beginning of a window
+Heads on a frozen backbone are to predict what that backbone will emit, and that is what this text
+shows. Each document is the beginning of a window
 of the training split, which the model continues to the end of its context. Every twentieth
 document is for validation."""
 import os

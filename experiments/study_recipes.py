@@ -8,7 +8,8 @@ Controls: the untouched base, and the base trained on without a head, at the bac
 Measured: accuracy at t+2, and the next-token loss, which recipes trade for it.
 
 Each recipe's configuration is chosen on one seed: the most accurate of those whose next-token loss
-is at most 0.02 nats above that of their control. The other seeds train and judge the chosen ones.
+is at most 0.02 nats above that of their control, or else that which lost least. The other seeds
+train and judge the chosen ones.
 """
 from experiments.study_runs import SELECT, flops, foresee
 

@@ -104,7 +104,7 @@ def library(tmp_path):
         "latin1.py": b"name = '\xe9'\n", "blank.py": "\n"})
 
 
-def test_logs_are_json_lines_with_fixed_keys_and_three_quarters_the_same_in_every_line(tmp_path):
+def test_logs_are_json_lines_with_fixed_keys_and_three_quarters_the_same_in_every_line():
     text = prepare.make_logs(seed=0, lines=500)
     lines = text.splitlines()
     assert len({tuple(json.loads(line)) for line in lines}) == 1  # the keys
@@ -241,14 +241,14 @@ def test_a_batch_is_int64_windows_of_the_split(tmp_path):
     assert all(row in windows for row in batch.tolist())
 
 
-def test_a_batch_depends_on_seed_step_and_rank_and_on_nothing_else(tmp_path):
+def test_a_batch_depends_on_seed_and_step_and_on_nothing_else(tmp_path):
     corpus = make(tmp_path, "".join(chr(33 + i * i % 90) for i in range(4000)))
-    now = dict(step=7, seed=1, rank=2)
+    now = dict(step=7, seed=1)
     batch = corpus.batch("train", 4, 64, **now)
     np.random.seed(0), torch.manual_seed(0)
     resumed = Corpus(corpus.folder)
     assert torch.equal(resumed.batch("train", 4, 64, **now), batch)
-    for change in (dict(step=8), dict(seed=0), dict(rank=0)):
+    for change in (dict(step=8), dict(seed=0)):
         assert not torch.equal(resumed.batch("train", 4, 64, **{**now, **change}), batch)
 
 

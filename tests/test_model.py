@@ -202,7 +202,7 @@ def test_a_gpt2_is_downloaded_by_its_name_once(hugging_face):
     assert asked == [f"gpt2-medium/resolve/main/{file}" for file in files]
 
 
-def test_a_download_that_was_cut_short_is_an_error_and_not_kept(hugging_face, tmp_path):
+def test_a_download_that_was_cut_short_is_an_error_and_not_kept(hugging_face):
     weights = hugging_face[0] / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-9])
@@ -271,7 +271,7 @@ def test_missing_or_truncated_weights_are_an_error(tmp_path):
             GPT.from_pretrained(path)
 
 
-def test_saving_replaces_nothing_unless_both_files_are_complete(tmp_path, monkeypatch):
+def test_saving_replaces_nothing_unless_both_files_are_complete(tmp_path):
     pytest.importorskip("safetensors")
     tiny_gpt().save_pretrained(tmp_path)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}

@@ -18,13 +18,13 @@ from data.prepare import get_tokenizer, write_corpus
 from experiments import (findings, study_layers, study_recipes, study_runs, study_scale,
                          study_tasks)
 from experiments.study import PARTS
-from experiments.calibrate import expected_tokens_per_step, held_out_acceptance
+from experiments.calibrate import simulate_steps
 from experiments.study_leap import METHODS, drafting
 from experiments.study_runs import SIZES, Shape, Study, flops, foresee, kept
 from experiments.verdicts import estimate, holm, resample, verdict
-from decode import chain
 from heads import draft_sources, joint_loss
 from marginalize import marginalize, questions
+from test_experiments import accepted_by_brute_force
 
 
 # ----------------------------------------------------------------------------------------------
@@ -120,7 +120,7 @@ def heads(study, corpus):
     return study.run("heads", 1, base, corpus, offsets="1,2,3,4,5,6,7", backbone_lr=0)
 
 
-def test_foresee_counts_what_is_right_in_each_window(study, corpus, heads):
+def test_foresee_counts_what_is_right_in_each_window(study, heads):
     model, text = study.load(heads)
     windows, position = (t[::2] for t in questions(text, 128, 2, 12, 4))
     found = foresee(study, heads)
@@ -135,16 +135,15 @@ def test_foresee_counts_what_is_right_in_each_window(study, corpus, heads):
         assert all(a <= b for a, b in zip(right, found[f"top5 {what}"]))
 
 
-def test_drafting_counts_steps_as_the_calibration_does(study, corpus, heads):
+def test_drafting_counts_the_steps_and_tokens_of_a_decoder_that_follows(study, corpus, heads):
     model, text = study.load(heads)
     found = drafting(study, heads, corpus)
-    windows = text.windows("val", 6, 129)
-    leap = held_out_acceptance(model, windows, chain(draft_sources(METHODS["leap"])))
-    steps, tokens = (sum(found[f"leap, {what}"]) for what in ("steps", "tokens"))
-    assert tokens / steps == pytest.approx(leap[0])
-    # Averaged over all positions, the formula is one more than the mean number of drafts:
-    assert 1 + np.mean(found["leap, accepted"]) == pytest.approx(
-        expected_tokens_per_step(leap[2].values()), abs=1e-3)
+    windows, sources = text.windows("val", 6, 129), draft_sources(METHODS["leap"])
+    for i, row in enumerate(accepted_by_brute_force(model, windows, sources)):
+        assert found["leap, accepted"][i] == pytest.approx(np.mean(row), abs=1e-4)
+        steps = simulate_steps(torch.tensor([row]))
+        assert found["leap, steps"][i] == len(steps)
+        assert found["leap, tokens"][i] == len(steps) + sum(steps)
     assert len(found["leap, sampled"]) == 64 and max(found["leap, sampled"]) <= 112
 
 
@@ -233,17 +232,17 @@ def test_leap_breaks_even_where_both_formulas_agree():
 
 @pytest.mark.parametrize("gain, expected", [(0.5, "supported"), (-0.5, "refuted"),
                                             (0.0, "refuted"), (0.02, "undecided")])
-def test_the_page_says_what_the_results_say(tmp_path, capsys, gain, expected):
+def test_the_page_says_what_the_results_say(tmp_path, gain, expected):
     rng, page = np.random.default_rng(0), tmp_path / "page.md"
 
     def measured(more):
-        return {"nats": [64.0] * 40, "leap, steps": [50] * 40,
+        return {"nats": [64.0] * 40, "t+1": [16] * 40, "leap, steps": [50] * 40,
                 "leap, tokens": list(50 * (2 + more) + rng.normal(0, 1, 40))}
-    more = {"base": 0, "trained on": 0, "two stages": gain, "one stage": 0}
+    more = {"base": 0, "trained on": 0, "first stage": 0, "two stages": gain, "one stage": 0}
     rows = {row: {seed: measured(x) for seed in (1, 2, 3)} for row, x in more.items()}
     write_results(tmp_path, "stages", rows)
     page.write_text("By hand.\n" + "".join(findings.MARKS) + "The end.\n")
-    findings.main(tmp_path, page)
+    findings.main(["--results", str(tmp_path), "--page", str(page)])
     text = page.read_text()
     assert f"### Two stages write more tokens per step than one gentle stage: {expected}" in text
     assert "better: refuted" in text  # no difference at all
