@@ -3,13 +3,12 @@
 Nothing here is about multi-token prediction. Look up what you need.
 """
 import argparse
-import datetime
 import io
 import os
 import platform
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -32,11 +31,9 @@ def pick_device(name):
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     if name.startswith("cuda") and "LOCAL_RANK" in os.environ:  # torchrun: one device per process
         name = f"cuda:{os.environ['LOCAL_RANK']}"
-    try:
+    with suppress(RuntimeError, AssertionError):
         if torch.device(name).type in ("cpu", "cuda", "mps"):
             return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError):
-        pass
     raise InputError(f"device {name!r} is not available here; try --device cpu")
 
 
@@ -53,7 +50,7 @@ def environment(device):
     cuda = device.type == "cuda"
     return dict(torch=torch.__version__, python=platform.python_version(), device=str(device),
                 device_name=torch.cuda.get_device_name(device) if cuda else cpu_name(),
-                threads=torch.get_num_threads(), date=datetime.date.today().isoformat())
+                threads=torch.get_num_threads(), date=time.strftime("%Y-%m-%d"))
 
 
 # ----------------------------------------------------------------------------------------------

@@ -327,7 +327,7 @@ class Decoder:
         """One step of all rows. Nothing in it waits for the host, and all shapes are fixed."""
         t, start = self.t, s.position.clone()
         h = self.forward_block(s, s.block, start, t.depth, t.visible)
-        target = self.verify(s, self.heads.next_logits(h))  # (B, N)
+        target = self.verify(s, h)  # (B, N)
         n, path = accept(s.block, target, t)  # (B,), (B, D + 1)
         self.commit(s, target.gather(1, path), n, path)
         self.draft(s, h, start, path)
@@ -347,12 +347,12 @@ class Decoder:
         mask = block_mask(start, visible, self.slots, s.caches[0].layers[0].dtype)
         return (slot + self.slots * s.row).flatten(), mask
 
-    def verify(self, s, logits):
-        """The target after each token of the block: logits (B, N, V) -> (B, N)."""
+    def verify(self, s, h):
+        """The target after each token of the block: h as from forward_block -> (B, N)."""
         position = s.position[:, None] + 1 + self.t.depth  # of the targets
         if s.follow is not None:
             return s.follow.gather(1, position)
-        return argmax(self.scores(logits, s.noise_row, position))
+        return argmax(self.scores(self.heads.next_logits(h), s.noise_row, position))
 
     def commit(self, s, emitted, n, path):
         """Put the first n + 1 tokens emitted (B, D + 1), their nodes, keys and values in place,
@@ -727,7 +727,7 @@ def find_methods(run, model, wanted=None):
         require(tree is not None or not wanted,
                 f"{run} has no tree: python experiments/calibrate.py {run} finds one")
     chains = [chain(draft_sources(check_offsets(o, model.offsets))) for o in offsets]
-    return list(dict.fromkeys(chains + [tree] * (tree is not None)))
+    return chains if tree is None else [*chains, tree]  # the last: what calibration found
 
 
 def report(model, state, args):

@@ -41,22 +41,19 @@ def leap_offsets(n, stride):
 def parse_offsets(text):
     """"1,3,5,7" -> (1, 3, 5, 7). Raises InputError."""
     try:
-        return check_offsets([int(o) for o in text.split(",")])
-    except InputError:
-        raise
+        offsets = [int(o) for o in text.split(",")]
     except ValueError:
         raise InputError(f"offsets are numbers with commas, as in 1,2,3,4; not {text!r}") from None
+    return check_offsets(offsets)
 
 
 def check_offsets(offsets, available=None):
     """offsets as a tuple; raises InputError unless they start with 1, increase, are available."""
     offsets = tuple(int(o) for o in offsets)
-    increase = all(a < b for a, b in zip(offsets, offsets[1:]))
-    require(offsets[:1] == (1,) and increase,
+    require(offsets[:1] == (1,) and offsets == tuple(sorted(set(offsets))),
             f"offsets must start with 1 and increase, as in 1,3,5,7; not {offsets}")
-    for o in offsets:
-        known = available or offsets
-        require(o in known, f"the model has no head for offset {o}, only for {known}")
+    for o in offsets if available else ():
+        require(o in available, f"the model has no head for offset {o}, only for {available}")
     return offsets
 
 
@@ -302,7 +299,10 @@ class DraftHeads:
         self.own = [with_padding(head.unembedding, vocab)
                     for head in self.heads if head.unembedding is not None]
         self.attend = model.heads_config.kind == "block"
-        self.stacked = stack(self.heads) if self.heads and not self.attend else {}
+        if self.heads and not self.attend:  # all parameters but unembeddings, (H, ...) each
+            named = [dict(head.named_parameters()) for head in self.heads]
+            self.stacked = {name: torch.stack([p[name].detach() for p in named])
+                            for name in named[0] if "unembedding" not in name}
 
     def caches(self, **how):
         """A KVCache for each head that attends (how: as in KVCache)."""
@@ -330,13 +330,6 @@ class DraftHeads:
             return self.unembed_drafts(z)[..., :self.draft_size]
         logits = torch.stack([f(z[:, :, i]) for i, f in enumerate(self.own)], dim=2)
         return logits[..., :self.draft_size]
-
-
-def stack(heads):
-    """The parameters of heads, without their unembeddings: {name: of all heads (H, ...)}."""
-    parameters = [dict(head.named_parameters()) for head in heads]
-    return {name: torch.stack([p[name].detach() for p in parameters])
-            for name in parameters[0] if "unembedding" not in name}
 
 
 def with_padding(linear, rows=None):

@@ -17,7 +17,6 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -243,7 +242,7 @@ def questions(corpus, block_size, horizon, n_windows, n_positions):
 
 def unigram(corpus):
     """The frequency of each predicted token in the training split, add-one smoothed -> (V,)"""
-    tokens = torch.from_numpy(np.asarray(corpus.train).astype(np.int64))
+    tokens = torch.from_numpy(corpus.train.astype("int64"))
     counts = torch.bincount(tokens[corpus.predicted(tokens)], minlength=corpus.vocab_size) + 1
     return counts / counts.sum()
 

@@ -135,8 +135,7 @@ class GPT(nn.Module):
         (B, T, C) in a list. The arguments are those of hidden_states."""
         if position is None:
             T, context = idx.shape[1], self.config.block_size
-            if T > context:
-                raise InputError(f"{T} tokens exceed the model's context of {context}")
+            require(T <= context, f"{T} tokens exceed the model's context of {context}")
             position = torch.arange(T, device=idx.device)
         x = self.transformer.wte(idx) + self.transformer.wpe(position)
         stream = [F.dropout(x, self.config.dropout, self.training)]

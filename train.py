@@ -230,14 +230,14 @@ def compute_gradients(model, optimizers, corpus, step, args, autocast):
         for group in optimizer.param_groups:
             group["lr"] = lr * lr_scale if group["part"] == "backbone" else lr
         optimizer.zero_grad()
-    losses = {o: 0.0 for o in model.offsets if weights[o]}
+    losses = {}
     length = model.gpt.config.block_size + 1
     for i in range(step * args.accumulate, (step + 1) * args.accumulate):
         idx = corpus.batch("train", args.batch_size, length, i, args.seed)
         idx = idx[RANK::WORLD_SIZE].to(args.device, non_blocking=True)  # (B, T + 1)
         with autocast():
             part = joint_loss(model, idx, weights, True, 1 / args.accumulate, args.distill)
-        losses = {o: losses[o] + part[o] / args.accumulate for o in part}
+        losses = {o: losses.get(o, 0.0) + part[o] / args.accumulate for o in part}
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     all_reduce_mean([*grads, *losses.values()])
     return losses, clip_grad_norm_(model.parameters(), args.clip)

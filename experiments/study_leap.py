@@ -57,14 +57,14 @@ def drafting(study, run, data, methods="MTP4,leap,MTP7"):
 
 
 def stages(study, seed):
-    """L-MTP's two stages, at the published ratio of their rates, 100 to 1: heads alone on text
-    that the base wrote, then everything on the corpus with weight 0.1 on the heads. Against one
-    stage as gentle to the backbone, with as much compute, and the base trained on without heads.
+    """L-MTP's two stages: heads alone on text that the base wrote, about an epoch, then everything
+    on the corpus at a hundredth of the rate, with weight 0.1 on the heads. Against one stage as
+    gentle to the backbone, with as much training, and the base trained on without heads.
     -> {row: drafting of leap, and foresee}"""
     size, shape = study.size, study.size.base
     rate, base, own = size.rates[-1], study.base(seed), study.folder / f"own-s{seed}"
     if not newer(own / "meta.json", [base / "checkpoint.pt"]):
-        write_own_text(*study.load(base), own, 100 * size.adapt, batch_size=128, seed=seed,
+        write_own_text(*study.load(base), own, 1000 * size.adapt, batch_size=128, seed=seed,
                        progress=False)
     first = study.run("stage1", seed, base, own, offsets=LEAP, backbone_lr=0, lr=rate)
     second = study.run("stage2", seed, first, offsets=LEAP, lr=rate / 100, head_weight=0.1)

@@ -54,7 +54,7 @@ SIZES = dict(
                pair_steps=0, adapt=400, plateau=(400, 800), depths=(1, 2), rates=(6e-3, 2e-2),
                bits=(), patience=800),
     patient=Size(seeds=(1, 2, 3, 4, 5), base=Shape(4, 2, 64), deep=Shape(12, 4, 128), steps=4000,
-                 deep_steps=2000, pair_steps=3000, adapt=800, plateau=(500, 1000, 2000),
+                 deep_steps=2000, pair_steps=3000, adapt=800, plateau=(500, 1000, 2000, 4000),
                  depths=(1, 2, 4), rates=(2e-3, 6e-3, 2e-2), bits=(9, 12, 14, 16),
                  patience=1500))
 

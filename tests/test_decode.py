@@ -576,9 +576,10 @@ def test_a_stream_ends_at_end_of_text_and_uses_the_tree_of_the_run(run_folder, t
         model.gpt.transformer.ln_f.bias[0], model.gpt.lm_head.weight[256, 0] = 1.0, 1000.0
     state = {k: v for k, v in state.items() if k not in ("gpt_config", "heads_config")}
     save_checkpoint(tmp_path / "checkpoint.pt", model, **state)
-    (tmp_path / "tree.json").write_text('{"tree": [[0, 2, 0, 0], [0, 2, 0, 1]]}')
-    result = command("decode.py", tmp_path, "--prompt", "def ")
-    assert result.stdout == "def \n" and "tree (1, 2): 1 tokens in 1 steps" in result.stderr
+    for tree, name in (("[[0, 2, 0, 0], [0, 2, 0, 1]]", "tree (1, 2)"), ("[]", "NTP (1,)")):
+        (tmp_path / "tree.json").write_text(f'{{"tree": {tree}}}')
+        result = command("decode.py", tmp_path, "--prompt", "def ")
+        assert result.stdout == "def \n" and f"{name}: 1 tokens in 1 steps" in result.stderr
 
 
 def test_gpt2_weights_are_streamed_by_next_token_decoding(tmp_path):
