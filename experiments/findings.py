@@ -29,6 +29,7 @@ from model import InputError
 RESULTS, PAGE = ROOT / "experiments" / "results", ROOT / "docs" / "findings.md"
 MARKS = "<!-- findings: begin -->\n", "<!-- findings: end -->\n"
 NOW, LATER, HEAD = "t+1", "t+2 marginalised", "t+2 head"
+SAMPLED = 112  # tokens of a sampled text
 
 
 class Claim(NamedTuple):
@@ -79,6 +80,11 @@ class Part:
             self[r, f"{m}, {what}"] for r, m in ((row, method), (other_row, other_method))
             for what in ("tokens", "steps")))
 
+    def sampled(self, a, b):
+        """Tokens per step on text sampled from the model of a, (row, method), minus b's."""
+        return estimate(lambda a, b: SAMPLED / a - SAMPLED / b, 0.02,
+                        *(self[row, f"{method}, sampled"] for row, method in (a, b)))
+
     def tokens_per_step(self, row, method):
         return self[row, f"{method}, tokens"].mean() / self[row, f"{method}, steps"].mean()
 
@@ -92,46 +98,57 @@ def scale(part):
     small, large = sizes[0], sizes[-1]
     yield Claim("A next-token model already knows about later tokens", "points",
                 part.points((large, LATER), (table, LATER), 1.0),
-                f"Top-1 at t+2, marginalised: {part.percent(large, LATER)}. Control: a table of "
-                f"what most often follows two bytes, {part.percent(table, LATER)}.")
+                f"Top-1 at t+2, marginalised: {part.percent(large, LATER)}. Control: what in the "
+                "whole training text most often stands one byte beyond the next, after the same "
+                f"two bytes: {part.percent(table, LATER)}. (Longer contexts make a better table.)")
+    yield Claim("The larger the model, the more it knows about t+2", "points",
+                part.points((large, LATER), (small, LATER), 1.0), "Top-1 at t+2, marginalised: "
+                + ", ".join(f"{part.percent(row, LATER)} with {row}" for row in sizes)
+                + ", layers x width.")
     five = [part[row, f"top5 {LATER}"].mean() / part[row, f"top5 {NOW}"].mean()
             for row in (large, small)]
-    yield Claim("The larger the model, the more of what it knows reaches t+2", "points",
+    yield Claim("... and the larger the part of what it knows that reaches t+2", "points",
                 part.retention(large, small),
-                f"Retention (accuracy at t+2 over t+1) of {large} against {small}, layers x width."
-                f" Among the first five it is {five[0]:.0%} against {five[1]:.0%}. The accuracy "
-                "itself grows: " + ", ".join(part.percent(row, LATER) for row in sizes)
-                + f" with {', '.join(sizes)}.")
+                f"Retention (accuracy at t+2 over that at t+1) of {large} against {small}. Among "
+                f"the first five it is {five[0]:.0%} against {five[1]:.0%}.")
 
 
 def translation(part):
     """What a source sentence adds."""
     its, other = part.rows
+    gain = part.points((its, LATER), (other, LATER), 1.0)
     yield Claim("A source sentence pins later tokens down", "points", part.retention(its, other),
                 "Retention on German after its English, against a model trained and asked with "
-                "another caption's. The English is worth "
+                f"another caption's. Its English is worth {numbers(gain, 'points')} at t+2, and "
                 f"{part.nats(other) - part.nats(its):.3f} nats per byte at t+1; a model that "
                 "gains little has not learnt to translate, as the paper's models had.")
 
 
 def frozen(part):
     """Heads on a frozen backbone against marginalisation."""
-    swept, lengths, names = part.selecting(), part.size["plateau"], {}
+    swept, lengths, said, names = part.selecting(), part.size["plateau"], [], {}
     for depth in part.size["depths"]:
         steps = plateau(swept, depth, lengths, part.asked)
-        longest = ", the longest tried" * (steps == lengths[-1])
-        names[f"{depth} ({steps} steps{longest})"] = f"{depth} layers, {steps} steps"
-    best = max(names.values(), key=lambda name: sum(swept[name][HEAD]))
-    each = ", ".join(f"{part.percent(name, HEAD)} with {how}" for how, name in names.items())
-    yield Claim("Heads on a frozen backbone stay below marginalisation", "points",
-                part.points(("backbone", LATER), (best, HEAD), 1.0),
-                f"Top-1 at t+2: {part.percent('backbone', LATER)} marginalised; heads of "
-                f"transformer layers, trained until twice as long adds little: {each}.")
+        name = f"{depth} layers, {steps} steps"
+        names[name] = steps < lengths[-1]
+        below = part.points(("backbone", LATER), (name, HEAD), 1.0)
+        said.append(f"{part.percent(name, HEAD)} with {depth} ({steps} steps"
+                    f"{', the longest tried' * (not names[name])}), {numbers(below)} below")
+    best = max(names, key=lambda name: sum(swept[name][HEAD]))
+    found = part.points(("backbone", LATER), (best, HEAD), 1.0)
+    if not names[best] and found["effect"] > found["smallest"]:
+        found |= dict(p=1.0)  # it might reach more if it trained on
+    yield Claim("Heads on a frozen backbone stay below marginalisation", "points", found,
+                f"Top-1 at t+2: {part.percent('backbone', LATER)} marginalised. Heads, by their "
+                f"transformer layers: {'; '.join(said)}. Training was doubled until that added "
+                f"less than half a point. The backbone has {part.size['base'][0]} layers; the "
+                "effect is that of the best heads.")
 
 
 def layers(part):
     """Which layer a head for t+2 should read."""
-    titles = "Hidden states specialise for the next token", "Large models specialise early"
+    titles = ("A head for t+2 reads best below the last layer",
+              "A head for t+2 of a deep model reads best below the last layer")
     for title, shape in zip(titles, (part.size["base"], part.size["deep"])):
         if shape is None:
             continue
@@ -144,7 +161,9 @@ def layers(part):
                     f"Heads for t+2 that read {best}, the best below the last on another seed, "
                     f"against the last: {part.percent(best, HEAD)} and "
                     f"{part.percent(last, HEAD)}. The backbone, marginalised: "
-                    f"{part.percent(backbone, LATER)}.")
+                    f"{part.percent(backbone, LATER)}. (If hidden states specialise for the next "
+                    "token, as the paper says, this can show it; but a head that reads a lower "
+                    "layer has fewer layers below it, so it cannot show the contrary.)")
 
 
 def recipes(part):
@@ -163,7 +182,7 @@ def recipes(part):
     def cost(label):
         return f"{part.nats(row[label]) - part.nats(control[label]):+.3f} nats"
     joint = best_of(label for label in RECIPES if "joint" in label and "WHS" not in label)
-    best, whs = best_of(RECIPES), "WHS, joint, slower backbone"
+    best, whs, alone = best_of(RECIPES), "WHS, joint, slower backbone", "joint, slower backbone"
     other = best_of(label for label in RECIPES if label != whs)
     narrower = estimate(
         lambda h, m, frozen_h, base: 100 * ((h - m) - (frozen_h - base)) / part.asked, 0.5,
@@ -171,20 +190,22 @@ def recipes(part):
         part[row["frozen"], HEAD], part["base", LATER])
     yield Claim("Joint training narrows the gap to marginalisation", "points", narrower,
                 f"The gap at t+2 of {row[joint]}, to the base trained on without a head and "
-                "marginalised, against the gap of frozen heads to the base. Next-token loss "
-                f"against that control: {cost(joint)}.")
+                "marginalised, against the gap of a frozen head to the base. All heads here have "
+                f"one layer. Next-token loss against that control: {cost(joint)}.")
     yield Claim("... but does not close it", "points",
                 part.points((control[best], LATER), (row[best], HEAD)),
                 f"Top-1 at t+2 of the best recipe, {row[best]}: {part.percent(row[best], HEAD)}, "
                 f"at {cost(best)}; its control, marginalised: "
-                f"{part.percent(control[best], LATER)}. From scratch "
-                f"with equal compute: {part.percent('from scratch', HEAD)}, at "
-                f"{part.nats('from scratch'):.3f} next-token nats; the control has "
-                f"{part.nats(control[best]):.3f}.")
+                f"{part.percent(control[best], LATER)}. From scratch, with the compute of base "
+                f"and joint training: {part.percent('from scratch', HEAD)}, itself marginalised "
+                f"{part.percent('from scratch', LATER)}, at {part.nats('from scratch'):.3f} "
+                f"next-token nats; the control has {part.nats(control[best]):.3f}.")
     yield Claim("WHS, joint training and differential rates are the best recipe", "points",
                 part.points((row[whs], HEAD), (row[other], HEAD)),
-                f"Top-1 at t+2 against {row[other]}, the best other recipe on another seed. "
-                f"Next-token loss against their controls: {cost(whs)} and {cost(other)}.")
+                f"Top-1 at t+2 of {row[whs]} against {row[other]}, the best other recipe on "
+                f"another seed. Next-token nats: {part.nats(row[whs]):.3f} and "
+                f"{part.nats(row[other]):.3f}. Against {row[alone]}, without WHS: "
+                f"{numbers(part.points((row[whs], HEAD), (row[alone], HEAD)), 'points')}.")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -233,34 +254,38 @@ def leap(part):
     """Leaping against adjacent heads, and the theory."""
     text, (g, arrays) = "python", by_attenuation(part)
     four, seven, own = (part.tokens_per_step(text, m) for m in ("MTP4", "MTP7", "leap"))
-    written = 112  # tokens of a sampled text
-    sampled = estimate(lambda a, b: written / a - written / b, 0.02,
-                       part[text, "leap, sampled"], part[text, "MTP4, sampled"])
     yield Claim("Leaping heads write more tokens per step than as many adjacent ones",
                 "tokens per step", part.per_step(text, "leap", text, "MTP4"),
                 f"Offsets 1,3,5,7 against 1,2,3,4 on held-out Python source: {own:.2f} against "
                 f"{four:.2f}. On text sampled from the model the difference is "
-                f"{numbers(sampled)}. Offsets 1..7, with six heads, reach {seven:.2f}: what "
-                "leaping saves is three heads, not verified rows.")
-    below, half = g < break_even(), len(g) // 2
-    sides = ", ".join(f"{side[:half].sum()} of Python and {side[half:].sum()} of logs {where}"
-                      for side, where in ((below, "below"), (~below, "above")))
-    agree = [(gain > 0) == (mean < break_even()) for _, mean, gain in eighths(part)]
-    both = estimate(
-        lambda a, b, c, d, A, B, C, D: np.minimum(a / b - c / d, C / D - A / B), 0.0,
-        *(array * side for side in (below, ~below) for array in arrays))
-    yield Claim("Leaping wins below the break-even of attenuation, and loses above",
-                "tokens per step", both,
-                f"The break-even is g = {break_even():.2f}. Windows, as another seed sees them: "
-                f"{sides}. So this compares mostly two kinds of text. Within them, {sum(agree)} "
-                f"of {len(agree)} points of the figure lie on the side that the formula predicts. "
-                "The effect is the smaller one of leap's gain below and its loss above.")
+                f"{numbers(part.sampled((text, 'leap'), (text, 'MTP4')))}. Offsets 1..7, with "
+                f"six heads, reach {seven:.2f}: what leaping saves is three heads, not verified "
+                "rows.")
+    other, half, zero = "logs", len(g) // 2, break_even()
+    yield Claim("... and they do on text that can be foreseen far ahead", "tokens per step",
+                part.per_step(other, "leap", other, "MTP4"),
+                f"The same on logs of fixed keys: {part.tokens_per_step(other, 'leap'):.2f} "
+                f"against {part.tokens_per_step(other, 'MTP4'):.2f}. The formula has leap win "
+                f"where attenuation g is below {zero:.2f}: as another seed sees them, "
+                f"{(g[half:] < zero).sum()} of {half} windows of logs and "
+                f"{(g[:half] < zero).sum()} of Python.")
+    near = (g > zero) & (g < 1.5 * zero)
+    loses = estimate(lambda a, b, c, d: c / d - a / b, 0.02, *(array * near for array in arrays))
+    yield Claim("Just above the break-even of attenuation, leaping loses", "tokens per step",
+                loses, f"MTP4 minus leap in the {near.sum()} windows with g from {zero:.2f} to "
+                f"{1.5 * zero:.2f}. So this asks for the place of the break-even. The formula "
+                "takes accuracy to fall as exp(-g(o - 1)).")
+    measured = part.tokens_per_step(text, "leap")
     averaged = estimate(lambda a, b, c: 100 * ((1 + a) / (b / c) - 1), 2.0, *(
         part[text, f"leap, {what}"] for what in ("accepted", "tokens", "steps")))
+    plain = expected_tokens_per_step(part[text, f"offset {o}"].mean()
+                                     for o, _ in draft_sources(METHODS["leap"]).values())
     yield Claim("Averaged over positions, acceptance promises too many tokens per step", "%",
-                averaged, "The theorem holds for the acceptance of the steps that are made. The "
-                "average over all positions is another one: a decoder takes long steps through "
-                "easy text, so most of its steps begin where text is hard.")
+                averaged, f"Leap on Python: {1 + part[text, 'leap, accepted'].mean():.2f} tokens "
+                "from the probability, over all positions, that a draft is right if those before "
+                f"it are; {plain:.2f} from plain accuracies, as if drafts were independent; "
+                f"{measured:.2f} measured. A decoder takes long steps through easy text, so most "
+                "of its steps begin where text is hard.")
 
 
 def stages(part):
@@ -269,11 +294,12 @@ def stages(part):
     yield Claim("Two stages write more tokens per step than one gentle stage", "tokens per step",
                 part.per_step(two, "leap", one, "leap"),
                 "Heads alone on the model's own text, then everything at a hundredth of their "
-                "rate; against everything at once at these rates, with equal compute: "
+                "rate; against everything at once at these rates, with as much training: "
                 f"{part.tokens_per_step(two, 'leap'):.2f} and "
                 f"{part.tokens_per_step(one, 'leap'):.2f} tokens per step; after the first stage "
-                f"{part.tokens_per_step('first stage', 'leap'):.2f}. Next-token loss: "
-                f"{part.nats(two):.3f} and {part.nats(one):.3f} nats.")
+                f"{part.tokens_per_step('first stage', 'leap'):.2f}. On sampled text the "
+                f"difference is {numbers(part.sampled((two, 'leap'), (one, 'leap')))}. Next-token "
+                f"loss: {part.nats(two):.3f} and {part.nats(one):.3f} nats.")
     better = estimate(lambda c, l: (c - l) / part.asked, 0.005, part[control, "nats"],
                       part[two, "nats"])
     yield Claim("L-MTP's fine-tuning makes the next-token model better", "nats", better,
@@ -296,8 +322,14 @@ def sooner(part, pairs, cost=1.0):
 
 
 def steps_of(part, rows):
-    """The mean steps of each row, in words."""
-    return ", ".join(f"{row} {part[row, 'steps'].mean():.0f}" for row in rows)
+    """The mean steps of each row, in words, and of how many seeds it did not learn."""
+    said = []
+    for row in rows:
+        found = part.rows[row].values()
+        failed = sum(one["curve"][-1] < 0.9 for one in found)
+        never = f" ({failed} of {len(found)} not)" * (failed > 0)
+        said.append(f"{row} {part[row, 'steps'].mean():.0f}{never}")
+    return ", ".join(said)
 
 
 def planning(part):
@@ -312,16 +344,16 @@ def planning(part):
 
 def induction(part):
     """The induction task."""
-    yield Claim("The loss for two tokens makes a better next-token model", "doublings",
+    yield Claim("With the loss for two tokens a small model learns induction sooner", "doublings",
                 sooner(part, [("NTP", "two tokens")], READER_COST),
                 "With how much less compute offsets 1,2 learn the second token of a name that "
                 f"returns. Steps until 90% are right, {part.size['patience']} at most: "
-                f"{steps_of(part, part.rows)}. Gloeckle et al. (2404.19737) saw it below 100 "
-                "million parameters.")
+                f"{steps_of(part, part.rows)}. (Forward: the second loss counts in the second "
+                "half.) Gloeckle et al. (2404.19737) saw it below 100 million parameters.")
 
 
 PAPERS = {"Paper A": (scale, translation, frozen, layers, recipes),
-          "Paper B": (leap, stages, planning, induction)}
+          "Paper B": (leap, stages, planning), "Beyond the papers": (induction,)}
 
 
 # ----------------------------------------------------------------------------------------------
@@ -397,10 +429,10 @@ def draw(parts, folder, plt):
 # ----------------------------------------------------------------------------------------------
 # The page
 
-def load(folder):
-    """{name: Part} of the results in a folder"""
+def load(folder, sizes=("quick", "patient")):
+    """{name: Part} of the results in a folder, of the last size that has them"""
     parts = {}
-    for size in ("quick", "patient"):
+    for size in sizes:
         for f in sum(PAPERS.values(), ()):
             path = folder / f"study_{size}_{f.__name__}.json"
             if path.exists():
@@ -454,11 +486,13 @@ def main(argv=None):
                "from the results of study.py.")
     p.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER",
                    help="with study_SIZE_PART.json; for the figures")
+    p.add_argument("--size", choices=["quick", "patient"], help="only these results; default: "
+                   "patient where it was run, else quick")
     p.add_argument("--page", type=Path, default=PAGE, metavar="FILE", help="the page to rewrite")
     args = p.parse_args(argv)
     folder, out = args.results, args.page
     with one_line_errors("findings.py", memory="nothing"):
-        parts = load(folder)
+        parts = load(folder, [args.size] if args.size else ("quick", "patient"))
         try:
             draw(parts, folder, import_pyplot())
         except InputError as error:  # the figures that are there stay

@@ -1,28 +1,15 @@
-"""Statistics of the study: intervals by a paired bootstrap, Holm's correction, verdicts.
+"""Statistics of the study: effects with intervals, Holm's correction, verdicts.
 
 A measurement is an array (seeds, windows): one number per training seed and held-out window. All
 methods are measured on the same windows, so a comparison is made window by window. A verdict is
 about an effect, its 95% interval, and the smallest effect that we would care about:
 
 - supported: the interval lies beyond the smallest effect, in the claimed direction;
-- refuted: it lies below the smallest effect, so the effect is negligible or the other way round;
+- refuted (opposite): it lies below zero;
+- refuted (negligible): it lies below the smallest effect;
 - undecided: it holds the smallest effect, or Holm's correction leaves p above 0.05.
 """
 import numpy as np
-
-
-def resample(seeds, windows, n=10_000, seed=0):
-    """How often each of n resamples draws each seed and each window: (n, seeds), (n, windows),
-    fractions that sum to 1.
-
-    All seeds are measured on the same windows, so a resample draws windows once for all of them.
-    Of S seeds it draws S - 1: with S, the variance of so few would come out too small by the
-    factor (S - 1) / S (the "n - 1 bootstrap", McCarthy and Snowden 1985)."""
-    rng = np.random.default_rng(seed)
-    draws = max(1, seeds - 1)
-    by_seed = rng.multinomial(draws, np.full(seeds, 1 / seeds), n) / draws
-    by_window = rng.multinomial(windows, np.full(windows, 1 / windows), n) / windows
-    return by_seed, by_window
 
 
 def estimate(statistic, smallest, *arrays, n=10_000):
@@ -31,20 +18,26 @@ def estimate(statistic, smallest, *arrays, n=10_000):
     statistic(*means) -> the effect, from the mean of each of `arrays`, all (seeds, windows); it
     works on numbers and on arrays of numbers alike. smallest: the smallest effect of interest.
     -> dict(effect, low, high: the 95% interval, p: two-sided, that the effect is `smallest`,
-    by_seed: the effect of each seed alone)."""
+    by_seed: the effect of each seed alone).
+
+    Two things vary. Windows, the same for all seeds, are drawn anew n times (bootstrap). Seeds
+    are too few to be drawn: the mean of their effects errs by its standard error times a number
+    from Student's t distribution."""
     arrays = [np.asarray(a, dtype=float) for a in arrays]
-    by_seed, by_window = resample(*arrays[0].shape, n)
-    means = [((by_seed @ a) * by_window).sum(1) for a in arrays]  # (n,) each
+    (S, W), rng = arrays[0].shape, np.random.default_rng(0)
+    drawn = rng.multinomial(W, np.full(W, 1 / W), n) / W  # (n, W)
     with np.errstate(divide="ignore", invalid="ignore"):
-        found = statistic(*means)
-    if not np.isfinite(found).all():  # of nothing, or over nothing
+        by_seed = [float(statistic(*means)) for means in zip(*(a.mean(1) for a in arrays))]
+        found = statistic(*(drawn @ a.mean(0) for a in arrays))  # (n,)
+        if S > 1:
+            found = found + np.std(by_seed, ddof=1) / S ** 0.5 * rng.standard_t(S - 1, n)
+    if S == 1 or not np.isfinite(found).all():  # of one seed, of nothing, or over nothing
         return dict(effect=np.nan, low=-np.inf, high=np.inf, smallest=smallest, p=1.0, by_seed=[])
     low, high = np.quantile(found, [0.025, 0.975])
     tail = min((found <= smallest).sum(), (found >= smallest).sum())
     return dict(effect=float(statistic(*(a.mean() for a in arrays))),
                 low=float(low), high=float(high), smallest=smallest,
-                p=min(1.0, 2 * (int(tail) + 1) / (n + 1)),
-                by_seed=[float(statistic(*means)) for means in zip(*(a.mean(1) for a in arrays))])
+                p=min(1.0, 2 * (int(tail) + 1) / (n + 1)), by_seed=by_seed)
 
 
 def holm(p_values):
@@ -58,7 +51,9 @@ def holm(p_values):
 
 
 def verdict(found, adjusted_p):
-    """"supported", "refuted" or "undecided": what `estimate` found, with the p of its family."""
+    """The verdict on what `estimate` found, with the p of its family."""
     if adjusted_p > 0.05 or found["low"] <= found["smallest"] <= found["high"]:
         return "undecided"
-    return "supported" if found["low"] > found["smallest"] else "refuted"
+    if found["low"] > found["smallest"]:
+        return "supported"
+    return "refuted (opposite)" if found["high"] < 0 else "refuted (negligible)"

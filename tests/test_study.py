@@ -21,7 +21,7 @@ from experiments.study import PARTS
 from experiments.calibrate import simulate_steps
 from experiments.study_leap import METHODS, drafting
 from experiments.study_runs import SIZES, Shape, Study, flops, foresee, kept
-from experiments.verdicts import estimate, holm, resample, verdict
+from experiments.verdicts import estimate, holm, verdict
 from heads import draft_sources, joint_loss
 from marginalize import marginalize, questions
 from test_experiments import accepted_by_brute_force
@@ -30,30 +30,27 @@ from test_experiments import accepted_by_brute_force
 # ----------------------------------------------------------------------------------------------
 # Statistics
 
-def test_a_resample_draws_seeds_and_windows_and_all_seeds_share_the_windows():
+def test_an_interval_over_seeds_is_students_and_over_windows_that_of_many_draws():
     rng = np.random.default_rng(0)
-    a, b = rng.random((3, 7)), rng.random((3, 7))
-    by_seed, by_window = resample(3, 7, n=50)
-    assert by_seed.sum(1) == pytest.approx(1) and by_window.sum(1) == pytest.approx(1)
-    seen = []
-    estimate(lambda x, y: seen.append((x, y)) or x, 0, a, b, n=50)
-    for r in range(50):  # brute force: repeat what was drawn, then take the plain mean
-        seeds = np.repeat(np.arange(3), np.rint(2 * by_seed[r]).astype(int))
-        windows = np.repeat(np.arange(7), np.rint(7 * by_window[r]).astype(int))
-        for array, means in zip((a, b), seen[0]):
-            assert means[r] == pytest.approx(array[seeds][:, windows].mean())
+    seeds, windows = np.array([[1.0], [2.0], [4.5]]), rng.normal(0, 1, (1, 200))
+    found = estimate(lambda d: d, 0.0, seeds + 0 * windows, n=100_000)
+    half = 4.303 * np.std(seeds, ddof=1) / 3 ** 0.5  # two degrees of freedom
+    assert found["high"] - found["effect"] == pytest.approx(half, rel=0.05)
+    found = estimate(lambda d: d, 0.0, 0 * seeds + windows)
+    half = 1.96 * windows.std() / 200 ** 0.5
+    assert found["high"] - found["effect"] == pytest.approx(half, rel=0.05)
 
 
-@pytest.mark.parametrize("seeds, spread, least", [(3, 0.3, 0.9), (5, 0.3, 0.9), (5, 1.0, 0.85)])
-def test_a_95_percent_interval_covers_the_truth_about_so_often(seeds, spread, least):
-    """With few seeds that differ much, too seldom: by_seed is shown for this reason."""
+@pytest.mark.parametrize("seeds", [3, 5])
+@pytest.mark.parametrize("spread", [0.0, 0.3, 1.0])
+def test_a_95_percent_interval_covers_the_truth_about_so_often(seeds, spread):
     rng, covered = np.random.default_rng(1), 0
     for _ in range(300):
         difference = (rng.normal(0, spread, (seeds, 1)) + rng.normal(0, 1, (1, 60))
                       + rng.normal(0, 1, (seeds, 60)))
         found = estimate(lambda d: d, 0.0, difference, n=500)
         covered += found["low"] <= 0 <= found["high"]
-    assert least <= covered / 300 < 0.99
+    assert 0.92 <= covered / 300
 
 
 def test_pairing_removes_what_windows_have_in_common_and_nothing_is_concluded_from_nothing():
@@ -61,8 +58,9 @@ def test_pairing_removes_what_windows_have_in_common_and_nothing_is_concluded_fr
     found = estimate(lambda a, b: a - b, 0.5, windows + 1, windows)
     assert found["low"] == pytest.approx(1) and found["high"] == pytest.approx(1)
     assert found["by_seed"] == pytest.approx([1, 1, 1]) and found["p"] < 0.001
-    nothing = estimate(lambda a, b: a / b, 0, 0 * windows, 0 * windows)
-    assert verdict(nothing, nothing["p"]) == "undecided"
+    for nothing in (estimate(lambda a, b: a / b, 0, 0 * windows, 0 * windows),
+                    estimate(lambda a: a, 0, windows[:1] + 100)):  # one seed
+        assert verdict(nothing, nothing["p"]) == "undecided"
 
 
 def test_holm_by_hand():
@@ -72,7 +70,8 @@ def test_holm_by_hand():
 
 @pytest.mark.parametrize("low, high, p, expected", [
     (0.6, 2, 0.01, "supported"), (0.6, 2, 0.06, "undecided"), (0.4, 2, 0.01, "undecided"),
-    (0.1, 0.4, 0.01, "refuted"), (-2, -1, 0.01, "refuted"), (-2, -1, 0.5, "undecided")])
+    (0.1, 0.4, 0.01, "refuted (negligible)"), (-2, 0.1, 0.01, "refuted (negligible)"),
+    (-2, -1, 0.01, "refuted (opposite)"), (-2, -1, 0.5, "undecided")])
 def test_a_verdict_is_about_the_interval_and_the_smallest_effect(low, high, p, expected):
     assert verdict(dict(low=low, high=high, smallest=0.5), p) == expected
 
@@ -230,8 +229,8 @@ def test_leap_breaks_even_where_both_formulas_agree():
     assert findings.attenuation(np.array([accuracy]))[0] == pytest.approx(0.3, abs=1e-3)
 
 
-@pytest.mark.parametrize("gain, expected", [(0.5, "supported"), (-0.5, "refuted"),
-                                            (0.0, "refuted"), (0.02, "undecided")])
+@pytest.mark.parametrize("gain, expected", [(0.5, "supported"), (-0.5, "refuted (opposite)"),
+                                            (0.0, "refuted (negligible)"), (0.02, "undecided")])
 def test_the_page_says_what_the_results_say(tmp_path, gain, expected):
     rng, page = np.random.default_rng(0), tmp_path / "page.md"
 
@@ -260,7 +259,7 @@ def test_every_part_measures_what_its_claims_need(tmp_path, corpus, monkeypatch)
     (tmp_path / "data").mkdir()
     for name in ("python", "logs"):
         (tmp_path / "data" / name).symlink_to(corpus)
-    claims = dict(recipes=3, layers=1, frozen=1, leap=3, stages=2, scale=2)
+    claims = dict(recipes=3, layers=1, frozen=1, leap=4, stages=2, scale=3)
     for name in claims:
         by_seed = {seed: PARTS[name](Study(SIZE, tmp_path), seed) for seed in (0, 1)}
         rows = {row: {seed: found[row] for seed, found in by_seed.items() if row in found}
