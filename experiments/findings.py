@@ -161,9 +161,9 @@ def layers(part):
                     f"Heads for t+2 that read {best}, the best below the last on another seed, "
                     f"against the last: {part.percent(best, HEAD)} and "
                     f"{part.percent(last, HEAD)}. The backbone, marginalised: "
-                    f"{part.percent(backbone, LATER)}. (If hidden states specialise for the next "
-                    "token, as the paper says, this can show it; but a head that reads a lower "
-                    "layer has fewer layers below it, so it cannot show the contrary.)")
+                    f"{part.percent(backbone, LATER)}. This can show that hidden states "
+                    "specialise for the next token, but not exclude it: a head on a lower layer "
+                    "has fewer layers below it.")
 
 
 def recipes(part):
@@ -371,7 +371,8 @@ def draw_layers(part, axis):
         axis.plot(read, np.mean(right, 1), "o-", color=f"C{i}", label=f"{name}, heads")
         axis.plot(read, right, ".", color=f"C{i}", alpha=0.4)
         ticks += read
-    axis.set(xlabel="layer that the head reads", ylabel="top-1 at t+2, %", xticks=ticks)
+    axis.set(xlabel="layer that the head reads", ylabel="top-1 at t+2, %",
+             xticks=sorted(set(ticks)))
 
 
 def draw_recipes(part, axis):
@@ -386,6 +387,7 @@ def draw_recipes(part, axis):
                       label=row.rsplit(", ", 1)[0])
     axis.axhline(100 * part["base", LATER].mean() / part.asked, color="black", linestyle="--",
                  label="base, marginalised")
+    axis.margins(y=0.1)
     axis.set(xlabel="next-token nats, against the base", ylabel="top-1 at t+2, %")
 
 
@@ -502,7 +504,7 @@ def main(argv=None):
         after = rest.split(MARKS[1])[1]
         write_whole(out, before + MARKS[0] + page(parts, judged, folder) + MARKS[1] + after)
         for claim, found in sum(judged.values(), []):
-            print(f"{found:10}  {numbers(claim.found, claim.unit):40}  {claim.title}")
+            print(f"{found:20}  {numbers(claim.found, claim.unit):40}  {claim.title}")
 
 
 if __name__ == "__main__":
