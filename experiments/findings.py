@@ -24,7 +24,7 @@ from experiments.study_runs import ROOT, SELECT
 from experiments.study_tasks import EVERY, READER_COST
 from experiments.verdicts import estimate, holm, verdict
 from heads import draft_sources
-from model import InputError
+from model import InputError, require
 
 RESULTS, PAGE = ROOT / "experiments" / "results", ROOT / "docs" / "findings.md"
 MARKS = "<!-- findings: begin -->\n", "<!-- findings: end -->\n"
@@ -495,6 +495,7 @@ def main(argv=None):
     folder, out = args.results, args.page
     with one_line_errors("findings.py", memory="nothing"):
         parts = load(folder, [args.size] if args.size else ("quick", "patient"))
+        require(parts, f"no results in {folder}: python experiments/study.py writes them")
         try:
             draw(parts, folder, import_pyplot())
         except InputError as error:  # the figures that are there stay
