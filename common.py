@@ -41,7 +41,7 @@ def cpu_name():
     """What Linux calls the CPU; elsewhere its architecture."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
-    names = [line.split(": ")[1] for line in lines if line.startswith("model name")]
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return (names or [platform.machine()])[0]
 
 

@@ -66,6 +66,7 @@ class Corpus:
         Raises CorpusError for an unknown split, or one shorter than `length`.
         """
         tokens = self._tokens(split, length)
+        # The 0 has no meaning, but without it old runs would resume with other batches.
         rng = np.random.default_rng([seed, step, 0, SPLITS.index(split)])
         starts = rng.integers(0, len(tokens) - length + 1, size=batch_size)
         return gather(tokens, starts, length)

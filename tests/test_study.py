@@ -252,6 +252,17 @@ def test_the_page_says_what_the_results_say(tmp_path, gain, expected):
     assert page.read_text() == text
 
 
+@pytest.mark.parametrize("longer, expected", [(2.0, "supported"), (3.0, "undecided")])
+def test_heads_that_still_improve_are_not_said_to_stay_below(tmp_path, longer, expected):
+    def by_seed(right, what="t+2 head"):
+        return {seed: {what: [right] * 40} for seed in range(4)}  # of four positions per window
+    write_results(tmp_path, "frozen", {
+        "backbone": by_seed(3.9, "t+2 marginalised"), "1 layers, 2 steps": by_seed(2.0),
+        "1 layers, 4 steps": by_seed(longer)})
+    [(claim, found)] = findings.judge(findings.load(tmp_path))["frozen"]
+    assert found == expected and claim.found["effect"] > 10
+
+
 def write_results(folder, name, rows):
     (folder / f"study_quick_{name}.json").write_text(json.dumps(
         dict(command="", size=asdict(SIZE), rows=rows)))
