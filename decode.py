@@ -593,12 +593,12 @@ def method_name(tree):
 
 
 def default_methods(offsets):
-    """NTP, four-token MTP and stride-2 leap as far as the offsets allow, and all offsets."""
+    """NTP, four-token MTP and stride-2 leap as far as the offsets allow, and last all offsets."""
     found = [(1,)]
     for stride in (1, 2):
         possible = [leap_offsets(n, stride) for n in (4, 3, 2)]
         found += [o for o in possible if set(o) <= set(offsets)][:1]
-    return list(dict.fromkeys([*found, tuple(offsets)]))
+    return [o for o in found if o != tuple(offsets)] + [tuple(offsets)]
 
 
 def record(tree, tokens_per_step, accepted, **more):
@@ -759,7 +759,8 @@ def report(model, state, args):
         generated += [{k: v for k, v in r.items() if k != "texts"} for r in records]
     rows = min(32, 2 ** 15 // config.block_size)
     windows = corpus.windows("val", 2 * rows, config.block_size)[::2]  # calibrate.py: the others
-    held_out = follow_text(model, windows, methods, draft_vocab=draft_vocab)
+    held_out = follow_text(model, windows, methods, draft_vocab=draft_vocab,
+                           dtype=getattr(torch, args.dtype))
     print_table(f"held-out text of {corpus.meta.get('source', corpus.folder)}, followed", held_out)
     return dict(run=args.run, parameters=parameters, steps=state.get("step"), args=vars(args),
                 compiled=compile, environment=environment(device), generated=generated,
@@ -818,6 +819,8 @@ def main(argv=None):
         check_output("out", args.out)
         model, state = load_model(args.run)
         if args.prompt is not None:
+            require(not args.out and len(args.methods or [0]) == 1,
+                    "--prompt writes one text: without --out, with at most one of --methods")
             return stream(model, state, args)
         results = report(model, state, args)
         if args.out:

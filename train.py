@@ -453,6 +453,8 @@ def check_args(args):
         low, high = least.get(name, 0), most.get(name, 2**63 - 1)
         if isinstance(value, (int, float)):
             require(low <= value <= high, f"--{name.replace('_', '-')} must be in {low}..{high:g}")
+    require(args.backbone_lr or not (args.head_warmup or args.head_ramp),
+            "--head-warmup and --head-ramp change nothing while the backbone is frozen")
     for step in (0, max(0, args.head_warmup - 1), args.steps - 1):  # fewest losses count there
         require(any(recipe(args, args.offsets, step)[0].values()), f"step {step + 1} would train "
                 "nothing: heads must train while the backbone is frozen")

@@ -328,7 +328,8 @@ def load_size(name, args, device):
     """The model of a size, a tree for it, prompts, and whether its weights are trained or
     random."""
     torch.manual_seed(0)
-    tree, prompts = flat_tree(7), torch.randint(0, 250, (args.prompts, PROMPT)).tolist()
+    n = max(args.prompts, 32)  # these for the noise, which takes no timing
+    tree, prompts = flat_tree(7), torch.randint(0, 250, (n, PROMPT)).tolist()
     if name != "toy" or not args.run:
         with torch.device(device):  # on a GPU a large model is initialised much faster
             model = MultiTokenGPT(GPT(GPTConfig(**SIZES[name])), HeadsConfig(OFFSETS))
@@ -338,7 +339,7 @@ def load_size(name, args, device):
         raise InputError(f"the benchmark needs a run with offsets {OFFSETS} and a context of "
                          f"{LENGTH}")
     tree = load_tree(args.run, model.offsets)[0] or tree
-    prompts = Corpus(state["args"]["data"]).windows("val", args.prompts, PROMPT).tolist()
+    prompts = Corpus(state["args"]["data"]).windows("val", n, PROMPT).tolist()
     return model.to(device), tree, prompts, "trained"
 
 
@@ -368,7 +369,7 @@ def bench(args):
                     size["batches"] = bench_batches(model, compile, args.batches, bar)
                 else:
                     size["generate"], size["notes"] = bench_generate(
-                        model, compile, prompts, tree, args.rounds, bar)
+                        model, compile, prompts[:args.prompts], tree, args.rounds, bar)
                     if weights == "trained":  # in float32, where texts are equal
                         size["coupling"] = bench_coupling(ready(model, torch.float32), prompts)
                 with bar.external_write_mode():

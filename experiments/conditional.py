@@ -10,14 +10,18 @@ token more moves the ceiling by one distance. (It is the ceiling of what the mod
 model has not learned all there is, heads of their own weights may pass it.)
 
 For every seed this trains a next-token model, both kinds of heads on it (frozen), and both kinds
-from scratch, all for as many steps. It measures the accuracy of the heads and of the ceilings on
-the same held-out positions, and the tokens per step of a decoder that follows real text. Runs are
+from scratch, all for as many steps. The control are heads as large as conditional ones that read
+zeros for the token ("blank"). It measures the accuracy of the heads and of the ceilings on the
+same held-out positions, and the tokens per step of a decoder that follows real text. Runs are
 kept: the next call trains only what is missing.
 """
 import json
 import statistics
 import sys
+from contextlib import contextmanager
 from pathlib import Path
+
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
@@ -25,7 +29,7 @@ from common import (Parser, check_output, corpus_of, environment, load_checkpoin
                     one_line_errors, pick_device, write_whole)
 from decode import chain, follow_text
 from experiments.plots import import_pyplot
-from heads import draft_sources
+from heads import NextToken, draft_sources
 from marginalize import measure, questions, unigram
 from model import require
 
@@ -34,6 +38,19 @@ METHODS = {"MTP": (1, 2, 3, 4), "leap": (1, 3, 5, 7)}
 HORIZON = 4
 SHAPE = ["--n-layer", "4", "--n-head", "2", "--n-embd", "96", "--lr", "1e-2"]  # the demo's
 HEADS = {"independent": [], "conditional": ["--conditional"]}
+COLORS = {"independent": "#999999", "blank": "#c98b2e", "conditional": "#1f6f8b"}
+
+
+@contextmanager
+def blank(heads):
+    """Conditional heads read zeros for the next token, if `heads` is "blank"."""
+    forward = NextToken.forward
+    if heads == "blank":
+        NextToken.forward = lambda self, z, e: forward(self, z, torch.zeros_like(e))
+    try:
+        yield
+    finally:
+        NextToken.forward = forward
 
 
 def train_once(out, args, *options):
@@ -53,16 +70,17 @@ def runs_of(seed, args):
     folder, found = Path(args.folder), {}
     offsets = ["--offsets", ",".join(map(str, OFFSETS)), "--seed", str(seed)]
     base = train_once(folder / f"ntp-{seed}", args, "--offsets", "1", "--seed", str(seed), *SHAPE)
-    for kind, options in HEADS.items():
-        frozen = ["--init", str(base), "--backbone-lr", "0"]
-        found["frozen", kind] = train_once(folder / f"frozen-{kind}-{seed}", args, *offsets,
-                                           *frozen, *options)
-        found["scratch", kind] = train_once(folder / f"scratch-{kind}-{seed}", args, *offsets,
-                                            *SHAPE, *options)
+    for kind, options in (HEADS | {"blank": ["--conditional"]}).items():
+        for recipe, start in (("frozen", ["--init", str(base), "--backbone-lr", "0"]),
+                              ("scratch", SHAPE)):
+            if (recipe, kind) != ("scratch", "blank"):
+                with blank(kind):
+                    found[recipe, kind] = train_once(folder / f"{recipe}-{kind}-{seed}", args,
+                                                     *offsets, *start, *options)
     return found
 
 
-def measure_run(run, args):
+def measure_run(run, kind, args):
     """-> dict(nats: next-token loss, head and ceiling: {distance: accuracy}, tokens_per_step:
     {method: on real text})"""
     device = pick_device(args.device)
@@ -74,7 +92,7 @@ def measure_run(run, args):
     table = measure(model, windows, position, HORIZON, unigram(corpus).to(device), branches=32)
     top1 = {(r["reader"], r["distance"]): r["top1"][0] for r in table}
     marginal = {d: top1["marginalisation" if d > 1 else "model", d] for d in range(1, HORIZON + 1)}
-    conditional = int(model.heads_config.conditional)
+    conditional = int(kind == "conditional")
     drafted = range(2, HORIZON + 1)
     chains = {name: chain(draft_sources(offsets)) for name, offsets in METHODS.items()}
     followed = follow_text(model, corpus.windows("val", 64, length), list(chains.values()))
@@ -88,11 +106,11 @@ def measure_run(run, args):
 def draw(rows, plt, path):
     """Accuracy by distance, heads against their ceilings, and tokens per step on real text."""
     figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
-    colors = {"independent": "#999999", "conditional": "#1f6f8b"}
     for axis, recipe in zip(axes, ("frozen", "scratch")):
-        for kind, color in colors.items():
+        for kind, color in COLORS.items():
             found = [r for r in rows if (r["recipe"], r["heads"]) == (recipe, kind)]
-            for what, style in (("ceiling", "--"), ("head", "o-")):
+            ceiling = [("ceiling", "--")] * (kind != "blank")  # has the one of independent heads
+            for what, style in (*ceiling, ("head", "o-")) if found else ():
                 by_distance = {d: [r[what][d] for r in found] for d in found[0][what]}
                 mean = [statistics.fmean(v) for v in by_distance.values()]
                 spread = [[m - min(v) for m, v in zip(mean, by_distance.values())],
@@ -105,17 +123,18 @@ def draw(rows, plt, path):
                  xticks=range(2, HORIZON + 1), ylim=(0.25, 0.7))
         axis.legend(fontsize=8, frameon=False)
     groups = [(recipe, method) for recipe in ("frozen", "scratch") for method in METHODS]
-    for i, (kind, color) in enumerate(colors.items()):
-        values = [[r["tokens_per_step"][method] for r in rows
-                   if (r["recipe"], r["heads"]) == (recipe, kind)] for recipe, method in groups]
-        mean = [statistics.fmean(v) for v in values]
-        error = [[m - min(v) for m, v in zip(mean, values)],
-                 [max(v) - m for m, v in zip(mean, values)]]
-        bars = axes[2].bar([g + 0.4 * i for g in range(len(groups))], mean, 0.38, yerr=error,
+    for i, (kind, color) in enumerate(COLORS.items()):
+        by_group = {g: v for g, (recipe, method) in enumerate(groups) if (v := [
+            r["tokens_per_step"][method] for r in rows
+            if (r["recipe"], r["heads"]) == (recipe, kind)])}
+        mean = [statistics.fmean(v) for v in by_group.values()]
+        error = [[m - min(v) for m, v in zip(mean, by_group.values())],
+                 [max(v) - m for m, v in zip(mean, by_group.values())]]
+        bars = axes[2].bar([g + 0.3 * i - 0.3 for g in by_group], mean, 0.28, yerr=error,
                            color=color, capsize=2, label=kind)
         axes[2].bar_label(bars, [f"{m:.2f}" for m in mean], fontsize=8, padding=2)
     axes[2].set(title="following real text", ylabel="tokens per step", ylim=(1, 2.4),
-                xticks=[g + 0.2 for g in range(len(groups))])
+                xticks=range(len(groups)))
     axes[2].set_xticklabels([f"{method},\n{recipe}" for recipe, method in groups])
     axes[2].legend(fontsize=8, frameon=False)
     for axis in axes:
@@ -140,8 +159,12 @@ def main(argv=None):
         check_output("out", args.out)
         plt = import_pyplot() if args.out else None  # if it is missing, fail before the work
         trained = {seed: runs_of(seed, args) for seed in args.seeds}
-        rows = [dict(seed=seed, recipe=recipe, heads=kind, **measure_run(run, args))
-                for seed, runs in trained.items() for (recipe, kind), run in runs.items()]
+        rows = []
+        for seed, runs in trained.items():
+            for (recipe, kind), run in runs.items():
+                with blank(kind):
+                    rows.append(dict(seed=seed, recipe=recipe, heads=kind,
+                                     **measure_run(run, kind, args)))
         print(f"\n{'recipe':10}{'heads':14}{'seed':>4}{'nats':>8}   t+2, t+3, t+4: heads (ceiling)"
               f"{'MTP':>12}{'leap':>7} tokens per step")
         for r in sorted(rows, key=lambda r: (r["recipe"], r["heads"])):
@@ -150,15 +173,16 @@ def main(argv=None):
             print(f"{r['recipe']:10}{r['heads']:14}{r['seed']:4}{r['nats']:8.3f}   "
                   + accuracy + per_step)
         ratios = {}
-        for recipe in ("frozen", "scratch"):
+        for recipe, over in (("frozen", "independent"), ("frozen", "blank"),
+                             ("scratch", "independent")):
             for method in METHODS:
                 per_step = {(r["seed"], r["heads"]): r["tokens_per_step"][method] for r in rows
                             if r["recipe"] == recipe}
-                ratio = [per_step[seed, "conditional"] / per_step[seed, "independent"]
+                ratio = [per_step[seed, "conditional"] / per_step[seed, over]
                          for seed in args.seeds]
-                ratios[f"{recipe}, {method}"] = ratio
-                print(f"{recipe}, {method}: conditional over independent, by seed: "
-                      + ", ".join(f"{x:.3f}" for x in ratio))
+                name = f"{recipe}, {method}: conditional over {over}"
+                ratios[name] = ratio
+                print(f"{name}, by seed: " + ", ".join(f"{x:.3f}" for x in ratio))
         if args.out:
             command = f"python experiments/conditional.py --steps {args.steps}"
             write_whole(args.out, json.dumps(dict(

@@ -407,6 +407,7 @@ def test_methods_are_named_after_their_offsets():
 def test_the_default_comparison_takes_what_the_offsets_allow():
     assert default_methods((1, 2, 3, 4, 5, 7)) == [NTP, MTP, LEAP, (1, 2, 3, 4, 5, 7)]
     assert default_methods((1,)) == [NTP] and default_methods((1, 3, 5)) == [NTP, (1, 3, 5)]
+    assert default_methods(MTP) == [NTP, (1, 3), MTP]  # the last is what --prompt decodes with
 
 
 def test_a_comparison_has_a_record_per_method_and_finds_the_texts_identical():
@@ -597,6 +598,7 @@ def test_a_painted_token_has_the_colour_of_its_distance_and_is_underlined_if_by_
 
 
 @pytest.mark.parametrize("options, words", [
+    (["--prompt", "x", "--methods", "1", "1,2"], ["at most one"]),
     (["--prompt", ""], ["empty"]), (["--prompt", "x" * 40], ["exceed", "context of 32"]),
     (["--new-tokens", 30], ["exceed"]), (["--new-tokens", 0], ["at least 1"]),
     (["--methods", "1,6"], ["offset 6"]), (["--methods", "2,3"], ["start with 1"]),

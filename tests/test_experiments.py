@@ -15,6 +15,7 @@ from data.loader import Corpus
 from data.prepare import get_tokenizer
 from decode import Decoder, Node, chain, depths
 from experiments import calibrate as calibration
+from experiments import conditional
 from experiments.bench_train import mfu
 from experiments.calibrate import (BLOCKS, accepted_depths, calibrate, draft_hits,
                                    expected_tokens_per_step, grow_tree, hits_within,
@@ -348,14 +349,24 @@ def test_both_kinds_of_heads_are_compared_with_their_ceilings(corpus, tmp_path):
     result = process("experiments/conditional.py", *options)
     assert result.returncode == 0, result.stderr
     rows = json.loads((tmp_path / "found.json").read_text())["rows"]
-    frozen, conditional = ({r["heads"]: r for r in rows if r["recipe"] == "frozen"}[kind]
-                           for kind in ("independent", "conditional"))
-    assert len(rows) == 4 and frozen["nats"] == conditional["nats"]  # the same backbone
+    frozen, blank, reading = ({r["heads"]: r for r in rows if r["recipe"] == "frozen"}[kind]
+                              for kind in ("independent", "blank", "conditional"))
+    assert len(rows) == 5 and frozen["nats"] == reading["nats"]  # the same backbone
+    assert blank["ceiling"] == frozen["ceiling"]
     for d in ("3", "4"):  # one token more moves the ceiling by one distance
-        assert conditional["ceiling"][d] == frozen["ceiling"][str(int(d) - 1)]
+        assert reading["ceiling"][d] == frozen["ceiling"][str(int(d) - 1)]
     assert (tmp_path / "found.png").stat().st_size > 10_000
     again = process("experiments/conditional.py", *options)
-    assert again.returncode == 0 and again.stdout.count("is finished: 3 steps") == 5
+    assert again.returncode == 0 and again.stdout.count("is finished: 3 steps") == 6
+
+
+def test_blank_heads_do_not_see_the_next_token():
+    model, idx = tiny_model((1, 2), conditional=True), torch.arange(8)[None]
+    h = model.hidden_states(idx)
+    for heads, same in (("blank", True), ("conditional", False)):
+        with conditional.blank(heads), torch.no_grad():
+            one, other = (model.offset_logits(h, 2, next_tokens=idx + n) for n in (1, 2))
+        assert torch.equal(one, other) == same
 
 
 # Benchmarks

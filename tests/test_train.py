@@ -581,6 +581,7 @@ def test_a_batch_that_cannot_be_split_is_refused(corpus, monkeypatch):
     ("--offset-weights 2", ["2:1,3:0.5"]), ("--offset-weights 9:1", ["--offset-weights"]),
     ("--offset-weights 2:-1", ["--offset-weights"]), ("--backbone-lr -1", ["--backbone-lr"]),
     ("--backbone-lr 0", ["untrained"]), ("--head-warmup 999999", ["--head-warmup"]),
+    ("--head-ramp 2 --backbone-lr 0", ["--head-ramp", "frozen"]),
     ("--curriculum up", ["--curriculum"]), ("--backbone-lr 0 --offsets 1", ["train nothing"]),
     ("--curriculum forward --head-warmup 5", ["train nothing"]),
     ("--curriculum reverse --backbone-lr 0", ["train nothing"]),
