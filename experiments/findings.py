@@ -17,11 +17,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import Parser, one_line_errors, write_whole
 from experiments.calibrate import expected_tokens_per_step
 from experiments.plots import import_pyplot
-from experiments.study_layers import plateau
 from experiments.study_leap import METHODS
 from experiments.study_recipes import MOST_LOST, RECIPES, chosen, control_of, lost
 from experiments.study_runs import ROOT, SELECT
-from experiments.study_tasks import EVERY, READER_COST
+from experiments.study_tasks import CURRICULUM, EVERY, READER_COST
 from experiments.verdicts import estimate, holm, verdict
 from heads import draft_sources
 from model import InputError, require
@@ -126,23 +125,21 @@ def translation(part):
 
 def frozen(part):
     """Heads on a frozen backbone against marginalisation."""
-    swept, lengths, said, names = part.selecting(), part.size["plateau"], [], {}
+    swept, steps, said, gains = part.selecting(), part.size["frozen_steps"], [], {}
     for depth in part.size["depths"]:
-        steps = plateau(swept, depth, lengths, part.asked)
-        name = f"{depth} layers, {steps} steps"
-        names[name] = steps < lengths[-1]
+        half, name = (f"{depth} layers, {n} steps" for n in (steps // 2, steps))
+        gains[name] = 100 * (np.mean(swept[name][HEAD]) - np.mean(swept[half][HEAD])) / part.asked
         below = part.points(("backbone", LATER), (name, HEAD), 1.0)
-        said.append(f"{part.percent(name, HEAD)} with {depth} ({steps} steps"
-                    f"{', the longest tried' * (not names[name])}), {numbers(below)} below")
-    best = max(names, key=lambda name: sum(swept[name][HEAD]))
+        said.append(f"{part.percent(name, HEAD)} with {depth}, {numbers(below)} below "
+                    f"({gains[name]:+.1f} since half of the training)")
+    best = max(gains, key=lambda name: sum(swept[name][HEAD]))
     found = part.points(("backbone", LATER), (best, HEAD), 1.0)
-    if not names[best] and found["effect"] > found["smallest"]:
+    if gains[best] >= 0.5 and found["effect"] > found["smallest"]:
         found |= dict(p=1.0)  # it might reach more if it trained on
     yield Claim("Heads on a frozen backbone stay below marginalisation", "points", found,
-                f"Top-1 at t+2: {part.percent('backbone', LATER)} marginalised. Heads, by their "
-                f"transformer layers: {'; '.join(said)}. Training was doubled until that added "
-                f"less than half a point. The backbone has {part.size['base'][0]} layers; the "
-                "effect is that of the best heads.")
+                f"Top-1 at t+2: {part.percent('backbone', LATER)} marginalised. Heads after "
+                f"{steps} steps, by their transformer layers: {'; '.join(said)}. The backbone has "
+                f"{part.size['base'][0]} layers; the effect is that of the best heads.")
 
 
 def layers(part):
@@ -191,8 +188,10 @@ def recipes(part):
     yield Claim("Joint training narrows the gap to marginalisation", "points", narrower,
                 f"The gap at t+2 of {row[joint]}, to the base trained on without a head and "
                 "marginalised, against the gap of a frozen head to the base. All heads here have "
-                f"one layer. Next-token loss against that control: {cost(joint)}.")
-    yield Claim("... but does not close it", "points",
+                "one layer, and all recipes the compute of "
+                f"{part.size['adapt']} joint steps. Next-token loss against that control: "
+                f"{cost(joint)}.")
+    yield Claim(f"... but does not close it in {part.size['adapt']} steps", "points",
                 part.points((control[best], LATER), (row[best], HEAD)),
                 f"Top-1 at t+2 of the best recipe, {row[best]}: {part.percent(row[best], HEAD)}, "
                 f"at {cost(best)}; its control, marginalised: "
@@ -298,8 +297,10 @@ def stages(part):
                 f"{part.tokens_per_step(two, 'leap'):.2f} and "
                 f"{part.tokens_per_step(one, 'leap'):.2f} tokens per step; after the first stage "
                 f"{part.tokens_per_step('first stage', 'leap'):.2f}. On sampled text the "
-                f"difference is {numbers(part.sampled((two, 'leap'), (one, 'leap')))}. Next-token "
-                f"loss: {part.nats(two):.3f} and {part.nats(one):.3f} nats.")
+                f"difference is {numbers(part.sampled((two, 'leap'), (one, 'leap')))}. With both "
+                "stages on the corpus it is "
+                f"{numbers(part.per_step(f'{two} on the corpus', 'leap', one, 'leap'))} on real "
+                f"text. Next-token loss: {part.nats(two):.3f} and {part.nats(one):.3f} nats.")
     better = estimate(lambda c, l: (c - l) / part.asked, 0.005, part[control, "nats"],
                       part[two, "nats"])
     yield Claim("L-MTP's fine-tuning makes the next-token model better", "nats", better,
@@ -329,7 +330,7 @@ def steps_of(part, rows):
         failed = sum(one["curve"][-1] < 0.9 for one in found)
         never = f" ({failed} of {len(found)} not)" * (failed > 0)
         said.append(f"{row} {part[row, 'steps'].mean():.0f}{never}")
-    return ", ".join(said)
+    return "; ".join(said)
 
 
 def planning(part):
@@ -348,8 +349,9 @@ def induction(part):
                 sooner(part, [("NTP", "two tokens")], READER_COST),
                 "With how much less compute offsets 1,2 learn the second token of a name that "
                 f"returns. Steps until 90% are right, {part.size['patience']} at most: "
-                f"{steps_of(part, part.rows)}. (Forward: the second loss counts in the second "
-                "half.) Gloeckle et al. (2404.19737) saw it below 100 million parameters.")
+                f"{steps_of(part, part.rows)}. (Forward: the second loss counts from step "
+                f"{CURRICULUM // 2} on.) Gloeckle et al. (2404.19737) saw it below 100 million "
+                "parameters.")
 
 
 PAPERS = {"Paper A": (scale, translation, frozen, layers, recipes),
@@ -403,17 +405,27 @@ def draw_leap(part, axis):
     axis.set(xlabel="attenuation g, eighths of the windows", ylabel="tokens per step, leap - MTP4")
 
 
-def draw_task(part, axis):
-    """How fast each method learns a task, a line per seed."""
-    for i, row in enumerate(list(part.rows)[-3:]):
+def draw_planning(part, axis):
+    """Steps until a task is learnt by its bits, a line per method and a point per seed."""
+    bits = part.size["bits"]
+    for i, method in enumerate(("MTP", "leap")):
+        steps = [part[f"{n} bits, {method}", "steps"] for n in bits]  # (bits, seeds)
+        axis.plot(bits, np.mean(steps, 1), "o-", color=f"C{i}", label=method)
+        axis.plot(bits, steps, ".", color=f"C{i}", alpha=0.4)
+    axis.set(xlabel="bits", ylabel="steps until 90% are right", xticks=bits)
+
+
+def draw_induction(part, axis):
+    """How fast each method learns the task, a line per seed."""
+    for i, row in enumerate(part.rows):
         for found in part.rows[row].values():
             curve = [100 * a for a in found["curve"]]
             axis.plot(EVERY * np.arange(1, 1 + len(curve)), curve, color=f"C{i}", label=row)
     axis.set(xlabel="steps", ylabel="right, %", ylim=(0, 100))
 
 
-FIGURES = dict(layers=draw_layers, recipes=draw_recipes, leap=draw_leap, planning=draw_task,
-               induction=draw_task)
+FIGURES = dict(layers=draw_layers, recipes=draw_recipes, leap=draw_leap, planning=draw_planning,
+               induction=draw_induction)
 
 
 def draw(parts, folder, plt):

@@ -37,8 +37,8 @@ from experiments.study_tasks import induction, planning
 
 PARTS = {f.__name__: f for f in (recipes, layers, frozen, leap, stages, planning, induction,
                                  translation, scale)}  # the longest first
-CHOOSING = ("frozen", "recipes")  # what seed SELECT finds best, the others train
-SELECTING = (*CHOOSING, "layers", "leap")  # what seed SELECT measures is used
+CHOOSING = ("recipes",)  # what seed SELECT finds best, the others train
+SELECTING = (*CHOOSING, "frozen", "layers", "leap")  # what seed SELECT measures is used
 TASKS = ("planning", "induction")  # need no corpus
 
 

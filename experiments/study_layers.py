@@ -1,12 +1,13 @@
 """Paper A: heads on a frozen backbone, and which layer they should read.
 
-Trained: heads for t+2, of one or more transformer layers, on a frozen next-token model, for longer
-and longer until twice the training adds less than half a point. And such heads of one layer that
-read layer 1, 2, ... or the last: a weighted sum of the layers whose weights are fixed at one.
+Trained: heads for t+2, of one or more transformer layers, on a frozen next-token model; on the
+seed that selects also for half as long, which shows whether they still improve. And such heads of
+one layer that read layer 1, 2, ... or the last: a weighted sum of the layers whose weights are
+fixed at one.
 Measured: accuracy at t+2 of the heads, and of the same backbone, marginalised. If hidden states
 specialise for the next token, then a head for t+2 reads best below the last layer.
 
-How long, and which layer, is chosen on one seed and judged on the others.
+How deep the best heads are, and which layer, is chosen on one seed and judged on the others.
 """
 import torch
 
@@ -20,27 +21,13 @@ HEADS = dict(offsets="1,2", head_kind="block", backbone_lr=0)
 def frozen(study, seed):
     """-> {"backbone": foresee of it, "DEPTH layers, STEPS steps": foresee of its heads}"""
     base = study.base(seed)
-    rows = {"backbone": study.measured(base, foresee)}
-    swept = None if seed == SELECT else frozen(study, SELECT)
+    rows, steps = {"backbone": study.measured(base, foresee)}, study.size.frozen_steps
     for depth in study.size.depths:
-        lengths = study.size.plateau
-        if swept:
-            lengths = [plateau(swept, depth, lengths, study.size.positions)]
-        for steps in lengths:
+        for steps in (steps // 2, steps) if seed == SELECT else (steps,):
             run = study.run(f"frozen-{depth}-{steps}", seed, base, lr=study.size.rates[-1],
                             head_layers=depth, steps=steps, **HEADS)
             rows[f"{depth} layers, {steps} steps"] = study.measured(run, foresee, marginal=False)
     return rows
-
-
-def plateau(rows, depth, lengths, positions):
-    """The shortest training that twice as much improves by less than half a point, else the
-    longest."""
-    for short, long in zip(lengths, lengths[1:]):
-        right = [rows[f"{depth} layers, {steps} steps"]["t+2 head"] for steps in (short, long)]
-        if (sum(right[1]) - sum(right[0])) / len(right[0]) / positions < 0.005:
-            return short
-    return lengths[-1]
 
 
 def layers(study, seed):

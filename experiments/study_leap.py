@@ -58,22 +58,26 @@ def drafting(study, run, data, methods="MTP4,leap,MTP7"):
 
 def stages(study, seed):
     """L-MTP's two stages: heads alone on text that the base wrote, about an epoch, then everything
-    on the corpus at a hundredth of the rate, with weight 0.1 on the heads. Against one stage as
-    gentle to the backbone, with as much training, and the base trained on without heads.
-    -> {row: drafting of leap, and foresee}"""
+    on the corpus at a hundredth of the rate, with weight 0.1 on the heads. Against the first stage
+    on the corpus, too, against one stage as gentle to the backbone, with as much training, and the
+    base trained on without heads. -> {row: drafting of leap, and foresee}"""
     size, shape = study.size, study.size.base
     rate, base, own = size.rates[-1], study.base(seed), study.folder / f"own-s{seed}"
     if not newer(own / "meta.json", [base / "checkpoint.pt"]):
         write_own_text(*study.load(base), own, 1000 * size.adapt, batch_size=128, seed=seed,
                        progress=False)
-    first = study.run("stage1", seed, base, own, offsets=LEAP, backbone_lr=0, lr=rate)
-    second = study.run("stage2", seed, first, offsets=LEAP, lr=rate / 100, head_weight=0.1)
     joint, alone = flops(shape, residual=3), flops(shape, residual=3, frozen=True)
     one = study.run("one-stage", seed, base, offsets=LEAP, lr=rate, backbone_lr=0.01,
                     head_weight=0.1, steps=size.adapt + round(size.adapt * alone / joint))
+    runs = {"one stage": one}
+    for label, name, data in (("", "", own), (" on the corpus", "-corpus", "python")):
+        first = study.run(f"stage1{name}", seed, base, data, offsets=LEAP, backbone_lr=0, lr=rate)
+        second = study.run(f"stage2{name}", seed, first, offsets=LEAP, lr=rate / 100,
+                           head_weight=0.1)
+        runs |= {f"first stage{label}": first, f"two stages{label}": second}
     control = study.run("trained-on-gently", seed, base, lr=rate / 100)
     rows = {"base": study.measured(base, foresee), "trained on": study.measured(control, foresee)}
-    for label, run in {"first stage": first, "two stages": second, "one stage": one}.items():
+    for label, run in runs.items():
         rows[label] = (study.measured(run, drafting, data="python", methods="leap")
                        | study.measured(run, foresee, data="python"))
     return rows

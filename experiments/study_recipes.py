@@ -1,9 +1,10 @@
 """Paper A: how to add a head to a next-token model, and what it costs that model.
 
 Trained: from one base per seed, a head for t+2 (one transformer layer) by every recipe, with the
-same number of steps. The heads' learning rate is swept, and the backbone's is that rate times the
-recipe's scale. Warm-up is a run of its own, with its own schedule, before the joint one. From
-scratch, backbone and head get the compute of a base and its adaptation together.
+same compute: a step with a frozen backbone costs half as much, so there are twice as many. The
+heads' learning rate is swept, and the backbone's is that rate times the recipe's scale. Warm-up is
+a run of its own, with its own schedule, before the joint one. From scratch, backbone and head get
+the compute of a base and its adaptation together.
 Controls: the untouched base, and the base trained on without a head, at the backbone's rate.
 Measured: accuracy at t+2, and the next-token loss, which recipes trade for it.
 
@@ -51,9 +52,11 @@ def adapted(study, seed, base, name, scale, rate, **options):
     """A head added to a base. -> foresee"""
     steps, name = study.size.adapt, name.replace(", ", "-").replace(" ", "-")
     options |= dict(offsets="1,2", lr=rate)
+    joint, alone = (flops(study.size.base, heads=1, frozen=frozen) for frozen in (False, True))
     if "warm-up" in name:
-        first, steps = steps // 3, steps - steps // 3
+        first, steps = round(steps / 3 * joint / alone), steps - steps // 3
         base = study.run(f"{name}-first", seed, base, backbone_lr=0, steps=first, **options)
+    steps = steps if scale else round(steps * joint / alone)
     run = study.run(name, seed, base, backbone_lr=scale, steps=steps, **options)
     return study.measured(run, foresee, marginal=False) | dict(scale=scale, rate=rate)
 

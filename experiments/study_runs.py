@@ -39,7 +39,7 @@ class Size:
     deep_steps: int         # ... the deep one,
     pair_steps: int         # ... one that translates; 0: left out
     adapt: int              # to add heads to it
-    plateau: tuple          # lengths of training frozen heads, each twice the one before
+    frozen_steps: int       # to train heads on a frozen one until they hardly improve
     depths: tuple           # transformer layers per frozen head
     rates: tuple            # learning rates of heads, of which the best is chosen
     bits: tuple             # of the planning task
@@ -51,23 +51,24 @@ class Size:
 
 SIZES = dict(
     quick=Size(seeds=(1, 2, 3), base=Shape(3, 2, 64), deep=None, steps=1200, deep_steps=0,
-               pair_steps=0, adapt=400, plateau=(400, 800), depths=(1, 2), rates=(6e-3, 2e-2),
+               pair_steps=0, adapt=400, frozen_steps=800, depths=(1, 2), rates=(6e-3, 2e-2),
                bits=(), patience=800),
     patient=Size(seeds=(1, 2, 3, 4, 5), base=Shape(4, 2, 64), deep=Shape(12, 4, 128), steps=4000,
-                 deep_steps=2000, pair_steps=3000, adapt=800, plateau=(500, 1000, 2000, 4000),
-                 depths=(1, 2, 4), rates=(2e-3, 6e-3, 2e-2), bits=(9, 12, 14, 16),
-                 patience=1500))
+                 deep_steps=2000, pair_steps=3000, adapt=800, frozen_steps=4000,
+                 depths=(1, 2, 4), rates=(2e-3, 6e-3, 2e-2), bits=(9, 12, 14),
+                 patience=3000))
 
 
 def flops(shape, heads=0, residual=0, frozen=False, context=128, vocab_size=257):
     """Floating-point operations to train on a token, forward and twice as many backward: of a
-    backbone with heads of one transformer layer, or of one residual block."""
+    backbone with heads of one transformer layer, or of one residual block. A frozen backbone runs
+    forward, and its unembedding passes gradients on to the heads."""
     C = shape.n_embd
-    layer = 24 * C * C + 4 * context * C
-    unembed, block = 2 * vocab_size * C, 2 * C * C
-    trunk = shape.n_layer * layer + unembed
-    return (1 if frozen else 3) * trunk + 3 * (heads * layer + residual * block
-                                               + (heads + residual) * unembed)
+    layer, block, unembed = 24 * C * C + 4 * context * C, 2 * C * C, 2 * vocab_size * C
+    trunk, added, heads = shape.n_layer * layer, heads * layer + residual * block, heads + residual
+    if frozen:
+        return trunk + 3 * added + 2 * heads * unembed
+    return 3 * (trunk + added + (1 + heads) * unembed)
 
 
 def newer(path, made_from):

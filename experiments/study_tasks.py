@@ -30,6 +30,7 @@ NAMES, WORDS, CAST, SENTENCES = 32, 16, 4, 16
 STORY = dict(context=3 * SENTENCES, vocab_size=NAMES + WORDS)
 READER_COST = flops(READER, residual=1, **STORY) / flops(READER, **STORY)
 EVERY = 25  # steps between questions
+CURRICULUM = 400  # steps; from the half of them on, "forward" trains the second token
 
 
 def parities(n, batch_size, generator):
@@ -81,15 +82,16 @@ def learn(study, samples, shape, seed, vocab_size, batch_size, offsets, curricul
     drawn = torch.Generator().manual_seed(seed)
     corpus = SimpleNamespace(batch=lambda *_: samples(batch_size, drawn)[0])
     args = train.parse_args([
-        "--offsets", offsets, "--curriculum", curriculum, "--steps", str(study.size.patience),
-        "--lr", "2e-3", "--dtype", "float32", "--device", "cpu", "--seed", str(seed)])
+        "--offsets", offsets, "--curriculum", curriculum, "--steps", str(CURRICULUM),
+        "--lr", "2e-3", "--final-lr", "1",  # constant: patience must not change how a model learns
+        "--dtype", "float32", "--device", "cpu", "--seed", str(seed)])
     train.check_args(args)
     torch.manual_seed(seed)
     config = GPTConfig(tokens.shape[1] - 1, vocab_size, *shape)
     model = MultiTokenGPT(GPT(config), HeadsConfig(args.offsets))
     optimizers = train.make_optimizers(model, args.optimizer, args.lr, args.weight_decay)
     curve = []
-    for step in range(args.steps):
+    for step in range(study.size.patience):
         train.compute_gradients(model, optimizers, corpus, step, args, nullcontext)
         for optimizer in optimizers:
             optimizer.step()
