@@ -21,9 +21,9 @@ HEADS = dict(offsets="1,2", head_kind="block", backbone_lr=0)
 def frozen(study, seed):
     """-> {"backbone": foresee of it, "DEPTH layers, STEPS steps": foresee of its heads}"""
     base = study.base(seed)
-    rows, steps = {"backbone": study.measured(base, foresee)}, study.size.frozen_steps
+    rows, whole = {"backbone": study.measured(base, foresee)}, study.size.frozen_steps
     for depth in study.size.depths:
-        for steps in (steps // 2, steps) if seed == SELECT else (steps,):
+        for steps in (whole // 2, whole) if seed == SELECT else (whole,):
             run = study.run(f"frozen-{depth}-{steps}", seed, base, lr=study.size.rates[-1],
                             head_layers=depth, steps=steps, **HEADS)
             rows[f"{depth} layers, {steps} steps"] = study.measured(run, foresee, marginal=False)
