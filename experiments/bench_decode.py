@@ -328,7 +328,7 @@ def load_size(name, args, device):
     """The model of a size, a tree for it, prompts, and whether its weights are trained or
     random."""
     torch.manual_seed(0)
-    n = max(args.prompts, 32)  # these for the noise, which takes no timing
+    n = max(args.prompts, 32)  # bench_coupling takes all, the timed texts the first
     tree, prompts = flat_tree(7), torch.randint(0, 250, (n, PROMPT)).tolist()
     if name != "toy" or not args.run:
         with torch.device(device):  # on a GPU a large model is initialised much faster

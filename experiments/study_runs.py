@@ -65,10 +65,10 @@ def flops(shape, heads=0, residual=0, frozen=False, context=128, vocab_size=257)
     forward, and its unembedding passes gradients on to the heads."""
     C = shape.n_embd
     layer, block, unembed = 24 * C * C + 4 * context * C, 2 * C * C, 2 * vocab_size * C
-    trunk, added, heads = shape.n_layer * layer, heads * layer + residual * block, heads + residual
+    trunk, added, n = shape.n_layer * layer, heads * layer + residual * block, heads + residual
     if frozen:
-        return trunk + 3 * added + 2 * heads * unembed
-    return 3 * (trunk + added + (1 + heads) * unembed)
+        return trunk + 3 * added + 2 * n * unembed
+    return 3 * (trunk + added + (1 + n) * unembed)
 
 
 def newer(path, made_from):
