@@ -9,6 +9,7 @@ seen. Below them: the figures, the page.
 import json
 import sys
 from pathlib import Path
+from textwrap import wrap
 from typing import NamedTuple
 
 import numpy as np
@@ -20,7 +21,7 @@ from experiments.plots import import_pyplot
 from experiments.study_leap import METHODS
 from experiments.study_recipes import MOST_LOST, RECIPES, chosen, control_of, lost
 from experiments.study_runs import ROOT, SELECT
-from experiments.study_tasks import CURRICULUM, EVERY, READER_COST
+from experiments.study_tasks import CURRICULUM, READER_COST
 from experiments.verdicts import estimate, holm, verdict
 from heads import draft_sources
 from model import InputError, require
@@ -97,9 +98,9 @@ def scale(part):
     small, large = sizes[0], sizes[-1]
     yield Claim("A next-token model already knows about later tokens", "points",
                 part.points((large, LATER), (table, LATER), 1.0),
-                f"Top-1 at t+2, marginalised: {part.percent(large, LATER)}. Control: what in the "
+                f"Top-1 at t+2, marginalised: {part.percent(large, LATER)}. Control, what in the "
                 "whole training text most often stands one byte beyond the next, after the same "
-                f"two bytes: {part.percent(table, LATER)}. (Longer contexts make a better table.)")
+                f"two bytes (longer contexts say more): {part.percent(table, LATER)}.")
     yield Claim("The larger the model, the more it knows about t+2", "points",
                 part.points((large, LATER), (small, LATER), 1.0), "Top-1 at t+2, marginalised: "
                 + ", ".join(f"{part.percent(row, LATER)} with {row}" for row in sizes)
@@ -137,9 +138,9 @@ def frozen(part):
     if gains[best] >= 0.5 and found["effect"] > found["smallest"]:
         found |= dict(p=1.0)  # it might reach more if it trained on
     yield Claim("Heads on a frozen backbone stay below marginalisation", "points", found,
-                f"Top-1 at t+2: {part.percent('backbone', LATER)} marginalised. Heads after "
-                f"{steps} steps, by their transformer layers: {'; '.join(said)}. The backbone has "
-                f"{part.size['base'][0]} layers; the effect is that of the best heads.")
+                f"Top-1 at t+2: {part.percent('backbone', LATER)} marginalised, with "
+                f"{part.size['base'][0]} layers. Heads after {steps} steps, by their transformer "
+                f"layers (the effect is that of the best): {'; '.join(said)}.")
 
 
 def layers(part):
@@ -150,17 +151,16 @@ def layers(part):
         if shape is None:
             continue
         L, name = shape[0], f"{shape[0]}x{shape[2]}"
-        last, backbone = f"{name}, layer {L}", f"{name}, backbone"
+        last = f"{name}, layer {L}"
         right = {row: sum(found[HEAD]) for row, found in part.selecting().items()
                  if row.startswith(f"{name}, layer")}
         best = max(right.keys() - {last}, key=right.get)
         yield Claim(title, "points", part.points((best, HEAD), (last, HEAD)),
                     f"Heads for t+2 that read {best}, the best below the last on another seed, "
                     f"against the last: {part.percent(best, HEAD)} and "
-                    f"{part.percent(last, HEAD)}. The backbone, marginalised: "
-                    f"{part.percent(backbone, LATER)}. This can show that hidden states "
-                    "specialise for the next token, but not exclude it: a head on a lower layer "
-                    "has fewer layers below it.")
+                    f"{part.percent(last, HEAD)}. This can show that hidden states specialise "
+                    "for the next token, but not exclude it: a head on a lower layer has fewer "
+                    "layers below it.")
 
 
 def recipes(part):
@@ -179,7 +179,7 @@ def recipes(part):
     def cost(label):
         return f"{part.nats(row[label]) - part.nats(control[label]):+.3f} nats"
     joint = best_of(label for label in RECIPES if "joint" in label and "WHS" not in label)
-    best, whs, alone = best_of(RECIPES), "WHS, joint, slower backbone", "joint, slower backbone"
+    best, whs = best_of(RECIPES), "WHS, joint, slower backbone"
     other = best_of(label for label in RECIPES if label != whs)
     narrower = estimate(
         lambda h, m, frozen_h, base: 100 * ((h - m) - (frozen_h - base)) / part.asked, 0.5,
@@ -187,10 +187,9 @@ def recipes(part):
         part[row["frozen"], HEAD], part["base", LATER])
     yield Claim("Joint training narrows the gap to marginalisation", "points", narrower,
                 f"The gap at t+2 of {row[joint]}, to the base trained on without a head and "
-                "marginalised, against the gap of a frozen head to the base. All heads here have "
-                "one layer, and all recipes the compute of "
-                f"{part.size['adapt']} joint steps. Next-token loss against that control: "
-                f"{cost(joint)}.")
+                "marginalised, against the gap of a frozen head to the base: heads of one layer, "
+                f"and the compute of {part.size['adapt']} joint steps. Next-token loss against "
+                f"that control: {cost(joint)}.")
     yield Claim(f"... but does not close it in {part.size['adapt']} steps", "points",
                 part.points((control[best], LATER), (row[best], HEAD)),
                 f"Top-1 at t+2 of the best recipe, {row[best]}: {part.percent(row[best], HEAD)}, "
@@ -203,8 +202,7 @@ def recipes(part):
                 part.points((row[whs], HEAD), (row[other], HEAD)),
                 f"Top-1 at t+2 of {row[whs]} against {row[other]}, the best other recipe on "
                 f"another seed. Next-token nats: {part.nats(row[whs]):.3f} and "
-                f"{part.nats(row[other]):.3f}. Against {row[alone]}, without WHS: "
-                f"{numbers(part.points((row[whs], HEAD), (row[alone], HEAD)), 'points')}.")
+                f"{part.nats(row[other]):.3f}.")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -256,8 +254,8 @@ def leap(part):
     yield Claim("Leaping heads write more tokens per step than as many adjacent ones",
                 "tokens per step", part.per_step(text, "leap", text, "MTP4"),
                 f"Offsets 1,3,5,7 against 1,2,3,4 on held-out Python source: {own:.2f} against "
-                f"{four:.2f}. On text sampled from the model the difference is "
-                f"{numbers(part.sampled((text, 'leap'), (text, 'MTP4')))}. Offsets 1..7, with "
+                f"{four:.2f} (on text sampled from the model the difference is "
+                f"{numbers(part.sampled((text, 'leap'), (text, 'MTP4')))}). Offsets 1..7, with "
                 f"six heads, reach {seven:.2f}: what leaping saves is three heads, not verified "
                 "rows.")
     other, half, zero = "logs", len(g) // 2, break_even()
@@ -272,7 +270,7 @@ def leap(part):
     loses = estimate(lambda a, b, c, d: c / d - a / b, 0.02, *(array * near for array in arrays))
     yield Claim("Just above the break-even of attenuation, leaping loses", "tokens per step",
                 loses, f"MTP4 minus leap in the {near.sum()} windows with g from {zero:.2f} to "
-                f"{1.5 * zero:.2f}. So this asks for the place of the break-even. The formula "
+                f"{1.5 * zero:.2f}: this asks for the place of the break-even. The formula "
                 "takes accuracy to fall as exp(-g(o - 1)).")
     measured = part.tokens_per_step(text, "leap")
     averaged = estimate(lambda a, b, c: 100 * ((1 + a) / (b / c) - 1), 2.0, *(
@@ -293,14 +291,14 @@ def stages(part):
     yield Claim("Two stages write more tokens per step than one gentle stage", "tokens per step",
                 part.per_step(two, "leap", one, "leap"),
                 "Heads alone on the model's own text, then everything at a hundredth of their "
-                "rate; against everything at once at these rates, with as much training: "
-                f"{part.tokens_per_step(two, 'leap'):.2f} and "
-                f"{part.tokens_per_step(one, 'leap'):.2f} tokens per step; after the first stage "
-                f"{part.tokens_per_step('first stage', 'leap'):.2f}. On sampled text the "
-                f"difference is {numbers(part.sampled((two, 'leap'), (one, 'leap')))}. With both "
-                "stages on the corpus it is "
+                f"rate ({part.tokens_per_step(two, 'leap'):.2f} tokens per step; "
+                f"{part.tokens_per_step('first stage', 'leap'):.2f} after the first stage), "
+                "against everything at once at these rates, with as much training "
+                f"({part.tokens_per_step(one, 'leap'):.2f}). The difference is "
+                f"{numbers(part.sampled((two, 'leap'), (one, 'leap')))} on sampled text and, with "
+                "both stages on the corpus, "
                 f"{numbers(part.per_step(f'{two} on the corpus', 'leap', one, 'leap'))} on real "
-                f"text. Next-token loss: {part.nats(two):.3f} and {part.nats(one):.3f} nats.")
+                f"text; next-token loss {part.nats(two):.3f} and {part.nats(one):.3f} nats.")
     better = estimate(lambda c, l: (c - l) / part.asked, 0.005, part[control, "nats"],
                       part[two, "nats"])
     yield Claim("L-MTP's fine-tuning makes the next-token model better", "nats", better,
@@ -310,25 +308,30 @@ def stages(part):
                 f"{part.nats('base'):.3f}. The paper's models have 3 to 12 billion parameters.")
 
 
+def learnt(part, row):
+    """Which judging seeds learnt a task within patience."""
+    return np.array([part.rows[row][seed]["curve"][-1] >= 0.9 for seed in sorted(part.rows[row])])
+
+
 def sooner(part, pairs, cost=1.0):
-    """How many doublings sooner the second row of each pair is right than the first, the mean
-    over pairs; its steps count `cost` times. A pair of which neither learns says nothing."""
-    said = [np.full((2, 1), np.nan)]
-    for pair in pairs:
-        a, b = (part[row, "steps"][:, None] for row in pair)
-        learnt = [found["curve"][-1] >= 0.9 for row in pair for found in part.rows[row].values()]
-        if all(x or y for x, y in zip(learnt[:len(a)], learnt[len(a):])):
-            said.append(np.log2(a) - np.log2(cost * b))
-    return estimate(lambda d: d, 0.14, np.mean(said[1:] or said, axis=0))
+    """How many doublings sooner the second row of a pair is right than the first, whose steps
+    count `cost` times. Of each seed: the mean over the pairs of which a row learnt the task; the
+    other one's steps are at least patience. A pair that learnt nothing says nothing."""
+    found = np.array([np.log2(part[a, "steps"] / part[b, "steps"] / cost) for a, b in pairs])
+    says = np.array([learnt(part, a) | learnt(part, b) for a, b in pairs])  # (pairs, seeds)
+    some = says.any(0)
+    if some.sum() < 2:
+        return estimate(lambda d: d, 0.14, np.full((2, 1), np.nan))
+    return estimate(lambda d: d, 0.14, np.average(
+        found[:, some], axis=0, weights=says[:, some])[:, None])
 
 
 def steps_of(part, rows):
     """The mean steps of each row, in words, and of how many seeds it did not learn."""
     said = []
     for row in rows:
-        found = part.rows[row].values()
-        failed = sum(one["curve"][-1] < 0.9 for one in found)
-        never = f" ({failed} of {len(found)} not)" * (failed > 0)
+        failed = (~learnt(part, row)).tolist()
+        never = f" ({sum(failed)} of {len(failed)} not)" if any(failed) else ""
         said.append(f"{row} {part[row, 'steps'].mean():.0f}{never}")
     return "; ".join(said)
 
@@ -348,10 +351,9 @@ def induction(part):
     yield Claim("With the loss for two tokens a small model learns induction sooner", "doublings",
                 sooner(part, [("NTP", "two tokens")], READER_COST),
                 "With how much less compute offsets 1,2 learn the second token of a name that "
-                f"returns. Steps until 90% are right, {part.size['patience']} at most: "
-                f"{steps_of(part, part.rows)}. (Forward: the second loss counts from step "
-                f"{CURRICULUM // 2} on.) Gloeckle et al. (2404.19737) saw it below 100 million "
-                "parameters.")
+                "returns; Gloeckle et al. (2404.19737) saw it below 100 million parameters. Steps "
+                f"until 90% are right, {part.size['patience']} at most (forward: the second loss "
+                f"counts from step {CURRICULUM // 2} on): {steps_of(part, part.rows)}.")
 
 
 PAPERS = {"Paper A": (scale, translation, frozen, layers, recipes),
@@ -415,24 +417,40 @@ def draw_planning(part, axis):
     axis.set(xlabel="bits", ylabel="steps until 90% are right", xticks=bits)
 
 
-def draw_induction(part, axis):
-    """How fast each method learns the task, a line per seed."""
-    for i, row in enumerate(part.rows):
-        for found in part.rows[row].values():
-            curve = [100 * a for a in found["curve"]]
-            axis.plot(EVERY * np.arange(1, 1 + len(curve)), curve, color=f"C{i}", label=row)
-    axis.set(xlabel="steps", ylabel="right, %", ylim=(0, 100))
+def draw_verdicts(claims, axis):
+    """The effect and interval of each (Claim, verdict), a point per seed, in units of the smallest
+    effect of interest."""
+    colors = dict(supported="C2", refuted="C3", undecided="gray")
+    for y, (claim, found) in enumerate(claims):
+        low, effect, high, *seeds = np.array([claim.found[k] for k in ("low", "effect", "high")]
+                                             + claim.found["by_seed"]) / claim.found["smallest"]
+        if np.isfinite(low):
+            name = found.split()[0]
+            axis.plot([low, high], [y, y], color=colors[name], linewidth=2, label=name)
+            axis.plot(seeds, [y] * len(seeds), ".", color="black", markersize=3)
+            axis.plot(effect, y, "o", color=colors[name])
+    axis.axvline(0, color="black", linewidth=0.5)
+    axis.axvline(1, color="black", linestyle=":", linewidth=0.8)
+    axis.set_xscale("symlog", linthresh=2)
+    ticks = [-5, -2, -1, 0, 1, 2, 5, 10, 20, 40]
+    axis.set(xlabel="effect, in units of the smallest of interest (dotted)", xticks=ticks,
+             xticklabels=ticks, yticks=range(len(claims)),
+             yticklabels=["\n".join(wrap(claim.title, 40)) for claim, _ in claims])
+    axis.tick_params("y", labelsize=7)
+    axis.invert_yaxis()
 
 
-FIGURES = dict(layers=draw_layers, recipes=draw_recipes, leap=draw_leap, planning=draw_planning,
-               induction=draw_induction)
+FIGURES = dict(layers=draw_layers, recipes=draw_recipes, leap=draw_leap, planning=draw_planning)
 
 
-def draw(parts, folder, plt):
-    """Draw the figures of the parts that are there into a folder."""
-    for name in FIGURES.keys() & parts.keys():
-        figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
-        FIGURES[name](parts[name], axis)
+def draw(parts, judged, folder, plt):
+    """Draw the verdicts, and the figures of the parts that are there, into a folder."""
+    claims = sum(judged.values(), [])
+    figures = {name: (function, parts[name], 3.6) for name, function in FIGURES.items()
+               if name in parts} | dict(verdicts=(draw_verdicts, claims, 1 + 0.3 * len(claims)))
+    for name, (function, what, height) in figures.items():
+        figure, axis = plt.subplots(figsize=(6, height), layout="constrained")
+        function(what, axis)
         lines, labels = axis.get_legend_handles_labels()
         once = dict(zip(labels, lines))
         axis.legend(once.values(), once.keys(), fontsize=7)
@@ -475,22 +493,27 @@ def numbers(found, unit=""):
     return f"{effect} [{low}, {high}] {unit}".strip()
 
 
+def picture(name, folder):
+    """The lines that show a figure, if it is there."""
+    there = (folder / f"study_{name}.png").exists()
+    return ["", f"![{name}](../experiments/results/study_{name}.png)"] if there else []
+
+
 def page(parts, judged, folder):
     """The generated part of docs/findings.md."""
     lines = ["| claim | verdict | effect [95% interval] |", "|---|---|---|"]
     for claim, found in sum(judged.values(), []):
         lines.append(f"| {claim.title} | {found} | {numbers(claim.found, claim.unit)} |")
+    lines += picture("verdicts", folder)
     for title, functions in PAPERS.items():
         lines += ["", f"## {title}"]
         for name in (f.__name__ for f in functions if f.__name__ in parts):
             for claim, found in judged[name]:
-                seeds = " ".join(f"{e:+.3g}" for e in claim.found["by_seed"])
                 lines += ["", f"### {claim.title}: {found}", "", claim.text, "",
-                          f"Effect: {numbers(claim.found, claim.unit)} (smallest of interest "
-                          f"{claim.found['smallest']:g}; by seed {seeds})."]
+                          f"Effect: {numbers(claim.found, claim.unit)}; smallest of interest "
+                          f"{claim.found['smallest']:g}."]
             lines += ["", f"`{parts[name].command}`"]
-            if (folder / f"study_{name}.png").exists():
-                lines += ["", f"![{name}](../experiments/results/study_{name}.png)"]
+            lines += picture(name, folder)
     return "\n".join(lines) + "\n"
 
 
@@ -508,11 +531,11 @@ def main(argv=None):
     with one_line_errors("findings.py", memory="nothing"):
         parts = load(folder, [args.size] if args.size else ("quick", "patient"))
         require(parts, f"no results in {folder}: python experiments/study.py writes them")
+        judged = judge(parts)
         try:
-            draw(parts, folder, import_pyplot())
+            draw(parts, judged, folder, import_pyplot())
         except InputError as error:  # the figures that are there stay
             print(f"no new figures: {error}", file=sys.stderr)
-        judged = judge(parts)
         before, rest = out.read_text().split(MARKS[0])
         after = rest.split(MARKS[1])[1]
         write_whole(out, before + MARKS[0] + page(parts, judged, folder) + MARKS[1] + after)

@@ -12,15 +12,14 @@ study_runs.py, the statistics in verdicts.py. Parts and seeds run side by side, 
 each. Whatever is trained or measured is kept: after Ctrl-C or kill -9 the same command goes on.
 """
 import json
-import multiprocessing
+import multiprocessing.connection
 import os
 import sys
 import threading
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict
-from multiprocessing.connection import wait
 from pathlib import Path
 
 import torch
@@ -35,8 +34,8 @@ from experiments.study_runs import ROOT, SELECT, SIZES, Study, foresee
 from experiments.study_scale import scale, shuffled, translation
 from experiments.study_tasks import induction, planning
 
-PARTS = {f.__name__: f for f in (recipes, layers, frozen, leap, stages, planning, induction,
-                                 translation, scale)}  # the longest first
+PARTS = {f.__name__: f for f in (recipes, planning, layers, frozen, translation, stages, leap,
+                                 induction, scale)}  # the longest first
 CHOOSING = ("recipes",)  # what seed SELECT finds best, the others train
 SELECTING = (*CHOOSING, "frozen", "layers", "leap")  # what seed SELECT measures is used
 TASKS = ("planning", "induction")  # need no corpus
@@ -51,39 +50,48 @@ def base(study, seed):
 def enter():
     """Prepare a worker: one thread, and it ends when the first process does."""
     def end_with_the_first():
-        wait([multiprocessing.parent_process().sentinel])
+        multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
         os._exit(1)
     threading.Thread(target=end_with_the_first, daemon=True).start()
     torch.set_num_threads(1)
 
 
 def work(part, seed, study):
-    """Do a part for a seed in a worker; what it prints goes to a log. -> part, seed, rows"""
+    """Do a part for a seed in a worker; what it prints goes to a log. -> its rows"""
     path = study.folder / "log.txt"
     with open(path, "a") as log, redirect_stdout(log), redirect_stderr(log):
         try:
-            return part, seed, (PARTS | dict(base=base))[part](study, seed)
+            return (PARTS | dict(base=base))[part](study, seed)
         except SystemExit:
             raise RuntimeError(f"{part} of seed {seed} failed: see {path}") from None
+
+
+def needs(part, seed):
+    """The job, (part, seed), that must be done before this one; None: it can begin at once."""
+    if part in CHOOSING and seed != SELECT:
+        return part, SELECT
+    return None if part == "base" or part in TASKS else ("base", seed)
 
 
 def do_all(parts, study, jobs):
     """-> {part: {row: {seed: what was measured}}}"""
     seeds, results = study.size.seeds, {part: {} for part in ("base", *parts)}
-    rounds = [
-        [("base", seed) for seed in (SELECT, *seeds) if not set(parts) <= set(TASKS)],
-        [(part, SELECT) for part in parts if part in SELECTING]
-        + [(part, seed) for part in parts if part not in CHOOSING for seed in seeds],
-        [(part, seed) for part in parts if part in CHOOSING for seed in seeds]]
+    todo = [("base", seed) for seed in (SELECT, *seeds) if not set(parts) <= set(TASKS)]
+    todo += [(part, seed) for part in parts for seed in (SELECT, *seeds)
+             if seed != SELECT or part in SELECTING]
+    done, running = {None}, {}
     pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), enter)
-    with Progress(total=sum(map(len, rounds)), desc="study", unit="job", leave=True) as bar, pool:
+    with Progress(total=len(todo), desc="study", unit="job", leave=True) as bar, pool:
         try:
-            for todo in rounds:
-                futures = [pool.submit(work, part, seed, study) for part, seed in todo]
-                for future in as_completed(futures):
-                    part, seed, rows = future.result()
-                    for row, measured in rows.items():
+            while todo or running:
+                for job in [job for job in todo if needs(*job) in done][:jobs - len(running)]:
+                    todo.remove(job)
+                    running[pool.submit(work, *job, study)] = job
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    part, seed = job = running.pop(future)
+                    for row, measured in future.result().items():
                         results[part].setdefault(row, {})[seed] = measured
+                    done.add(job)
                     bar.update()
         except BaseException:
             for child in multiprocessing.active_children():

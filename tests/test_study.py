@@ -268,6 +268,24 @@ def test_heads_that_still_improve_are_not_said_to_stay_below(tmp_path, longer, e
     assert found == expected and claim.found["effect"] > 10
 
 
+def test_sooner_counts_the_pairs_of_which_a_method_learnt_its_task(tmp_path):
+    def row(*by_seed):  # (steps, accuracy in the end)
+        return {seed: dict(steps=steps, curve=[0.5, right])
+                for seed, (steps, right) in enumerate(by_seed, 1)}
+    write_results(tmp_path, "planning", {
+        "12 bits, MTP": row((400, 1), (400, 1), (800, 0)),
+        "12 bits, leap": row((100, 1), (200, 1), (800, 0)),     # 2 doublings, 1, nothing
+        "14 bits, MTP": row((800, 0), (800, 0), (800, 0)),
+        "14 bits, leap": row((400, 1), (800, 0), (800, 0))})    # at least 1, nothing, nothing
+    part = findings.load(tmp_path)["planning"]
+    part.rows = {name: dict(reversed(by_seed.items())) for name, by_seed in part.rows.items()}
+    pairs = [(f"{n} bits, MTP", f"{n} bits, leap") for n in (12, 14)]
+    assert findings.sooner(part, pairs)["by_seed"] == pytest.approx([1.5, 1])
+    assert findings.sooner(part, pairs, cost=2)["by_seed"] == pytest.approx([0.5, 0])
+    assert "14 bits, leap 667 (2 of 3 not)" in findings.steps_of(part, part.rows)
+    assert np.isnan(findings.sooner(part, pairs[1:])["effect"])  # of one seed
+
+
 def write_results(folder, name, rows):
     (folder / f"study_quick_{name}.json").write_text(json.dumps(
         dict(command="", size=asdict(SIZE), rows=rows)))
