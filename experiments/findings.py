@@ -432,11 +432,11 @@ def draw_verdicts(claims, axis):
     axis.axvline(0, color="black", linewidth=0.5)
     axis.axvline(1, color="black", linestyle=":", linewidth=0.8)
     axis.set_xscale("symlog", linthresh=2)
-    ticks = [-5, -2, -1, 0, 1, 2, 5, 10, 20, 40]
-    axis.set(xlabel="effect, in units of the smallest of interest (dotted)", xticks=ticks,
-             xticklabels=ticks, yticks=range(len(claims)),
-             yticklabels=["\n".join(wrap(claim.title, 40)) for claim, _ in claims])
-    axis.tick_params("y", labelsize=7)
+    ticks = [-10, -5, -2, -1, 0, 1, 2, 5, 10, 20, 40]
+    axis.set(xlabel="effect / smallest effect of interest", xlim=(-20, 60),
+             xticks=ticks, xticklabels=ticks, yticks=range(len(claims)),
+             yticklabels=["\n".join(wrap(claim.title, 42)) for claim, _ in claims])
+    axis.tick_params(labelsize=8)
     axis.invert_yaxis()
 
 
