@@ -434,10 +434,10 @@ def draw_verdicts(claims, axis):
     axis.set_xscale("symlog", linthresh=2)
     ticks = [-10, -5, -2, -1, 0, 1, 2, 5, 10, 20, 40]
     axis.set(xlabel="effect / smallest effect of interest", xlim=(-20, 60),
-             xticks=ticks, xticklabels=ticks, yticks=range(len(claims)),
+             ylim=(len(claims) - 0.5, -0.5), xticks=ticks, xticklabels=ticks,
+             yticks=range(len(claims)),
              yticklabels=["\n".join(wrap(claim.title, 42)) for claim, _ in claims])
     axis.tick_params(labelsize=8)
-    axis.invert_yaxis()
 
 
 FIGURES = dict(layers=draw_layers, recipes=draw_recipes, leap=draw_leap, planning=draw_planning)
