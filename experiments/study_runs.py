@@ -55,8 +55,8 @@ SIZES = dict(
                bits=(), patience=800),
     patient=Size(seeds=(1, 2, 3, 4, 5), base=Shape(4, 2, 64), deep=Shape(12, 4, 128), steps=4000,
                  deep_steps=2000, pair_steps=3000, adapt=800, frozen_steps=4000,
-                 depths=(1, 2, 4), rates=(2e-3, 6e-3, 2e-2), bits=(9, 12, 14),
-                 patience=3000))
+                 depths=(1, 2, 4), rates=(2e-3, 6e-3, 2e-2), bits=(9, 12, 14, 16),
+                 patience=6000))
 
 
 def flops(shape, heads=0, residual=0, frozen=False, context=128, vocab_size=257):

@@ -56,14 +56,16 @@ def stories(batch_size, generator):
 
 
 def planning(study, seed):
-    """-> {"N bits, METHOD": what `learn` found}; NTP, which learns none, for the fewest bits"""
-    rows = {}
-    for n in study.size.bits:
-        for label, offsets in PLANNERS.items():
-            if label != "NTP" or n == min(study.size.bits):
-                rows[f"{n} bits, {label}"] = kept(
-                    study.folder / f"planning-{n}-{label}-s{seed}.json", (),
-                    lambda: learn(study, partial(parities, n), PLANNER, seed, 3, 128, offsets))
+    """-> {"N bits, METHOD": what `learn` found}; NTP, which learns none, for the fewest bits. "N
+    bits again": the most bits with another seed, to judge what the first seeds made us expect."""
+    rows, bits = {}, study.size.bits
+    asked = [(n, label, seed) for n in bits for label in PLANNERS
+             if label != "NTP" or n == min(bits)]
+    asked += [(max(bits), label, seed + len(study.size.seeds)) for label in ("MTP", "leap")]
+    for n, label, s in asked:
+        rows[f"{n} bits{' again' * (s != seed)}, {label}"] = kept(
+            study.folder / f"planning-{n}-{label}-s{s}.json", (),
+            lambda: learn(study, partial(parities, n), PLANNER, s, 3, 128, PLANNERS[label]))
     return rows
 
 

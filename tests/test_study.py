@@ -329,4 +329,4 @@ def test_a_study_that_was_killed_goes_on_and_leaves_no_process_behind(tmp_path):
     with pytest.raises(ProcessLookupError):  # the workers of the first have ended
         os.killpg(first.pid, 0)
     rows = json.loads((tmp_path / "study_quick_planning.json").read_text())["rows"]
-    assert len(rows) == 3 and all("1" in row for row in rows.values())
+    assert len(rows) == 5 and all("1" in row for row in rows.values())
