@@ -537,14 +537,21 @@ def main(argv=None):
     args = p.parse_args(argv)
     folder, out = args.results, args.page
     with one_line_errors("findings.py", memory="nothing"):
-        parts = load(folder, [args.size] if args.size else ("quick", "patient"))
+        text = out.read_text()
+        require(all(text.count(mark) == 1 for mark in MARKS), f"{out} lacks the two marks between "
+                "which the findings stand")
+        try:
+            parts = load(folder, [args.size] if args.size else ("quick", "patient"))
+            judged = judge(parts)
+        except (KeyError, json.JSONDecodeError) as error:
+            raise InputError(f"the results in {folder} are broken or of an older study; run "
+                             f"study.py again ({error!r})") from None
         require(parts, f"no results in {folder}: python experiments/study.py writes them")
-        judged = judge(parts)
         try:
             draw(parts, judged, folder, import_pyplot())
         except InputError as error:  # the figures that are there stay
             print(f"no new figures: {error}", file=sys.stderr)
-        before, rest = out.read_text().split(MARKS[0])
+        before, rest = text.split(MARKS[0])
         after = rest.split(MARKS[1])[1]
         write_whole(out, before + MARKS[0] + page(parts, judged, folder) + MARKS[1] + after)
         for claim, found in sum(judged.values(), []):

@@ -33,6 +33,7 @@ from experiments.study_recipes import recipes
 from experiments.study_runs import ROOT, SELECT, SIZES, Study, foresee
 from experiments.study_scale import scale, shuffled, translation
 from experiments.study_tasks import induction, planning
+from model import require
 
 PARTS = {f.__name__: f for f in (recipes, planning, layers, frozen, translation, stages, leap,
                                  induction, scale)}  # the longest first
@@ -132,11 +133,14 @@ def main(argv=None):
                    help="for study_SIZE_PART.json")
     args = p.parse_args(argv)
     with one_line_errors("study.py", memory="--jobs"):
+        require(args.jobs > 0, "--jobs must be at least 1")
         start, size = time.time(), SIZES[args.size]
         study = Study(size, Path(args.folder or ROOT / "runs" / f"study-{args.size}").resolve())
         study.folder.mkdir(parents=True, exist_ok=True)
         possible = dict(translation=size.pair_steps, planning=size.bits)
-        parts = corpora([part for part in args.only if possible.get(part, True)], study)
+        parts = [part for part in args.only if possible.get(part, True)]
+        require(parts, f"{' and '.join(args.only)}: not in this size; try --size patient")
+        parts = corpora(parts, study)
         results = do_all(parts, study, args.jobs)
         for part, rows in results.items():
             write_whole(Path(args.results) / f"study_{args.size}_{part}.json", json.dumps(dict(

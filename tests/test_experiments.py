@@ -489,7 +489,9 @@ def test_the_step_compiles_for_an_h200_and_launches_no_more_than_it_did(tmp_path
     ("bench_marginalize", ["--branches", 300], "vocabulary"),
     ("bench_marginalize", ["--run", "no/such"], "checkpoint"),
     ("bench_marginalize", ["--run", "RUN", "--context", 64], "context of 32"),
-    ("bench_train", ["--rounds", 0], "at least 1"),
+    ("bench_train", ["--rounds", 0], "at least 1"), ("study", ["--jobs", 0], "at least 1"),
+    ("study", ["--only", "planning"], "--size patient"),
+    ("findings", ["--page", "README.md"], "marks"),
     ("cuda_lowering", ["--only", "7B"], "no variant")])
 def test_bad_options_are_one_line(script, options, words, run_folder, tmp_path):
     named = {"RUN": run_folder, "OUT": tmp_path / "own"}
