@@ -68,10 +68,10 @@ def work(part, seed, study):
 
 
 def needs(part, seed):
-    """The job, (part, seed), that must be done before this one; None: it can begin at once."""
-    if part in CHOOSING and seed != SELECT:
-        return part, SELECT
-    return None if part == "base" or part in TASKS else ("base", seed)
+    """The jobs, {(part, seed)}, that must be done before this one: two never make the same run."""
+    if part == "base" or part in TASKS:
+        return set()
+    return {("base", seed)} | ({(part, SELECT)} - {(part, seed)} if part in CHOOSING else set())
 
 
 def do_all(parts, study, jobs):
@@ -80,12 +80,12 @@ def do_all(parts, study, jobs):
     todo = [("base", seed) for seed in (SELECT, *seeds) if not set(parts) <= set(TASKS)]
     todo += [(part, seed) for part in parts for seed in (SELECT, *seeds)
              if seed != SELECT or part in SELECTING]
-    done, running = {None}, {}
+    done, running = set(), {}
     pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), enter)
     with Progress(total=len(todo), desc="study", unit="job", leave=True) as bar, pool:
         try:
             while todo or running:
-                for job in [job for job in todo if needs(*job) in done][:jobs - len(running)]:
+                for job in [job for job in todo if needs(*job) <= done][:jobs - len(running)]:
                     todo.remove(job)
                     running[pool.submit(work, *job, study)] = job
                 for future in wait(running, return_when=FIRST_COMPLETED).done:

@@ -17,7 +17,7 @@ from data.loader import Corpus
 from data.prepare import get_tokenizer, write_corpus
 from experiments import (findings, study_layers, study_recipes, study_runs, study_scale,
                          study_tasks)
-from experiments.study import PARTS
+from experiments.study import PARTS, needs
 from experiments.calibrate import simulate_steps
 from experiments.study_leap import METHODS, drafting
 from experiments.study_runs import SIZES, Shape, Study, flops, foresee, kept
@@ -311,6 +311,12 @@ def test_every_part_measures_what_its_claims_need(tmp_path, corpus, monkeypatch)
 
 # ----------------------------------------------------------------------------------------------
 # The command
+
+def test_a_job_begins_after_those_whose_runs_it_reads():
+    assert needs("recipes", 2) == {("base", 2), ("recipes", 0)}
+    assert needs("recipes", 0) == needs("leap", 0) == {("base", 0)}
+    assert needs("planning", 1) == needs("base", 1) == set()
+
 
 @pytest.mark.slow
 def test_a_study_that_was_killed_goes_on_and_leaves_no_process_behind(tmp_path):
