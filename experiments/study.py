@@ -1,6 +1,6 @@
 """The study: both papers' claims, tried on models that are small enough to train here.
 
-    python experiments/study.py --quick            # 27 minutes on 2 CPU cores
+    python experiments/study.py --quick            # 21 minutes on 2 CPU cores
     python experiments/study.py --size patient     # more seeds, more questions: about 5 hours
     python experiments/study.py --only leap        # some of the parts
     python experiments/findings.py                 # then: docs/findings.md and the figures
@@ -121,7 +121,7 @@ def main(argv=None):
     """The command line."""
     p = Parser(prog="study.py", description="Try both papers' claims on small models. It can be "
                "stopped at any time; the same command goes on.")
-    p.add_argument("--size", choices=list(SIZES), default="quick", help="quick: 27 minutes on 2 "
+    p.add_argument("--size", choices=list(SIZES), default="quick", help="quick: 21 minutes on 2 "
                    "CPU cores; patient: about 5 hours")
     p.add_argument("--quick", dest="size", action="store_const", const="quick",
                    help="the same as --size quick")
