@@ -56,7 +56,7 @@ def stories(batch_size, generator):
 
 
 def planning(study, seed):
-    """-> {"N bits, METHOD": what `learn` found}; NTP, which learns none, for the fewest bits. "N
+    """-> {"N bits, METHOD": what `learn` found}; NTP, which hardly learns, for the fewest. "N
     bits again": the most bits with another seed, to judge what the first seeds made us expect."""
     rows, bits = {}, study.size.bits
     asked = [(n, label, seed) for n in bits for label in PLANNERS
