@@ -316,7 +316,7 @@ def learnt(part, row):
 def sooner(part, pairs, cost=1.0):
     """How many doublings sooner the second row of a pair is right than the first, whose steps
     count `cost` times. Of each seed: the mean over the pairs of which a row learnt the task; the
-    other one's steps are at least patience. A pair that learnt nothing says nothing."""
+    other one's steps then count as patience. A pair that learnt nothing says nothing."""
     found = np.array([np.log2(part[a, "steps"] / part[b, "steps"] / cost) for a, b in pairs])
     says = np.array([learnt(part, a) | learnt(part, b) for a, b in pairs])  # (pairs, seeds)
     some = says.any(0)
@@ -412,8 +412,8 @@ def draw_leap(part, axis):
 
 
 def draw_planning(part, axis):
-    """Steps until a task is learnt by its bits: a line per method, a point per seed, a cross per
-    seed of those that came again."""
+    """Steps until a task is learnt by its bits: a line per method, a point per seed; crosses are
+    the new seeds."""
     bits, most = part.size["bits"], max(part.size["bits"])
     for i, method in enumerate(("MTP", "leap")):
         steps = [part[f"{n} bits, {method}", "steps"] for n in bits]  # (bits, seeds)

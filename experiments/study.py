@@ -71,7 +71,9 @@ def needs(part, seed):
     """The jobs, {(part, seed)}, that must be done before this one: two never make the same run."""
     if part == "base" or part in TASKS:
         return set()
-    return {("base", seed)} | ({(part, SELECT)} - {(part, seed)} if part in CHOOSING else set())
+    if part in CHOOSING and seed != SELECT:
+        return {("base", seed), (part, SELECT)}
+    return {("base", seed)}
 
 
 def do_all(parts, study, jobs):
