@@ -1,11 +1,12 @@
-# make demo   train a small model on the Python standard library's source, then compare NTP, MTP and leap decoding
+# make demo   train a small model on the Python standard library's source, then compare ways of decoding
 # make test   run the tests that are lessons; make test-all also runs the slow ones, which only guard
 # Each makes its own virtual environment in .venv; PYTHON=python3.12 and PIP_FLAGS=... can be given.
 # VEC_ISA_OK lets torch.compile trust what the CPU says of itself: its test programs for every
-# instruction set take up to 15 seconds.
+# instruction set take up to 15 seconds. TORCH is the newest PyTorch that both commands were timed with.
 
 PYTHON ?= python3
 PIP_FLAGS ?=
+TORCH ?= 'torch<2.14'
 PY := .venv/bin/python
 RUN := runs/demo
 
@@ -14,9 +15,9 @@ RUN := runs/demo
 demo: .venv/installed
 	$(PY) data/prepare.py python
 	@if [ -f $(RUN)/checkpoint.pt ]; then $(PY) train.py --resume $(RUN); \
-	else $(PY) train.py --data data/python --out $(RUN) --offsets 1,2,3,4,5,7 \
+	else $(PY) train.py --data data/python --out $(RUN) --offsets 1,2,3,4,5,7 --sequential \
 		--n-layer 4 --n-head 2 --n-embd 96 --steps 1200 --lr 1e-2; fi
-	TORCHINDUCTOR_VEC_ISA_OK=1 $(PY) decode.py $(RUN) --methods 1,2,3,4 1,3,5,7 --temperature 0 --prompts 8 \
+	TORCHINDUCTOR_VEC_ISA_OK=1 $(PY) decode.py $(RUN) --methods lookup 1,2,3,4 1,3,5,7 --prompts 8 \
 		--out $(RUN)/table.json
 	@echo "next: $(PY) decode.py $(RUN) --prompt 'def main('"
 
@@ -28,7 +29,7 @@ test-all: .venv/installed-test
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(PY) -m pip install --disable-pip-version-check $(PIP_FLAGS) -e .
+	$(PY) -m pip install --disable-pip-version-check $(PIP_FLAGS) -e . $(TORCH)
 	@touch $@
 
 .venv/installed-test: .venv/installed

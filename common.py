@@ -3,7 +3,7 @@
 Nothing here is about multi-token prediction. Look up what you need.
 """
 import argparse
-import io
+import json
 import os
 import platform
 import sys
@@ -16,41 +16,55 @@ import torch
 from tqdm import tqdm
 
 from data.loader import Corpus
-from data.prepare import CorpusError, get_tokenizer
+from data.prepare import InputError, require
 from heads import HeadsConfig, MultiTokenGPT
-from model import GPT, GPT2_NAMES, GPTConfig, InputError, load_tensors, require
+from model import GPT, GPT2_HEADS, GPTConfig, load_tensors
 
-RANK = int(os.environ.get("RANK", 0))  # torchrun sets these in each of its processes
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
+# ----------------------------------------------------------------------------------------------
+# Devices, and what a measurement depends on
 
 def pick_device(name):
     """"auto", "cpu", "cuda", "cuda:1" or "mps" -> torch.device. Raises InputError."""
     if name == "auto":
-        mps = torch.backends.mps.is_available()
-        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    if name.startswith("cuda") and "LOCAL_RANK" in os.environ:  # torchrun: one device per process
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
+        name = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     with suppress(RuntimeError, AssertionError):
         if torch.device(name).type in ("cpu", "cuda", "mps"):
             return torch.empty(0, device=name).device
     raise InputError(f"device {name!r} is not available here; try --device cpu")
 
 
-def cpu_name():
-    """What Linux calls the CPU; elsewhere its architecture."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return (names or [platform.machine()])[0]
+def has_native_bfloat16(device):
+    """Whether the hardware multiplies in bfloat16 (GPUs since Ampere, CPUs with AVX512-BF16) and
+    PyTorch need not emulate it."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+
+
+def can_compile(device, required=False):
+    """Whether torch.compile works here, found out by trying: it needs a C++ compiler, headers, ...
+    Raises InputError if it does not and is required."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
+        works = device.type != "mps"  # there it is a prototype
+    except Exception:  # of whatever kind
+        works = False
+    require(works or not required, "torch.compile does not work here; it needs a C++ compiler and "
+            "Python's headers")
+    return works
 
 
 def environment(device):
     """What a measurement depends on, for result files."""
-    cuda = device.type == "cuda"
-    return dict(torch=torch.__version__, python=platform.python_version(), device=str(device),
-                device_name=torch.cuda.get_device_name(device) if cuda else cpu_name(),
-                threads=torch.get_num_threads(), date=time.strftime("%Y-%m-%d"))
+    name = platform.machine()
+    with suppress(OSError, StopIteration):  # what Linux calls the CPU
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line for line in lines if line.startswith("model name")).split(":")[1].strip()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    return dict(command=" ".join(sys.argv), torch=torch.__version__, device=str(device),
+                device_name=name, threads=torch.get_num_threads(), date=time.strftime("%Y-%m-%d"))
 
 
 # ----------------------------------------------------------------------------------------------
@@ -59,79 +73,97 @@ def environment(device):
 class Parser(argparse.ArgumentParser):
     """argparse whose --help shows the defaults and whose errors are one line."""
 
-    def __init__(self, **how):
-        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, **how)
+    def __init__(self, **options):
+        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, **options)
+        self.group = self  # of the options that follow
+
+    def option(self, name, default, help, least=0, **options):
+        """Add --name to the group: a switch, or of its default's type, a number from `least` on."""
+        kind = options.pop("type", type(default))
+
+        def number(text):
+            value = kind(text)
+            if not least <= value < 2 ** 63:
+                raise argparse.ArgumentTypeError(f"{text} is not a number from {least} on")
+            return value
+        if default is False:
+            options["action"] = "store_true"
+        elif kind in (int, float):
+            options["type"] = number
+        self.group.add_argument(f"--{name}", default=default, help=help, **options)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
+    def given(self, argv=None):
+        """The names of the options that the command line holds, whatever their values."""
+        absent = object()
+        names = vars(self.parse_args(argv))
+        found = self.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, absent)))
+        return {name for name, value in vars(found).items() if value is not absent}
+
+    def refuse(self, argv, names, why):
+        """Raise InputError if the command line holds one of these options."""
+        for name in sorted(names & self.given(argv)):
+            raise InputError(f"--{name.replace('_', '-')} {why}")
+
 
 @contextmanager
-def one_line_errors(script, memory):
-    """Run the body of a command line. What a user can mend becomes one line on stderr and status
-    2; `memory` names what to lower when memory runs out. Numbers that are not finite end it with
-    status 1, Ctrl-C with 130. Bugs keep their traceback."""
-    say = print_rank_0
+def one_line_errors(script):
+    """Run the body of a command line. An error that the user can fix is one line on stderr and
+    status 2, numbers that are not finite status 1, Ctrl-C 130. A bug keeps its traceback. Output
+    that the terminal cannot show is replaced; a closed pipe ends the program silently."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     try:
-        return (yield)
-    except (InputError, CorpusError, OSError) as error:
-        message, status = f"{script}: error: {error}", 2
+        yield
+        return
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes stdout once more at exit
+        sys.exit(141)
+    except (InputError, OSError) as error:
+        message = f"error: {error}"
+        status = 2
     except (RuntimeError, MemoryError) as error:
-        out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-        if not out_of_memory and "allocate memory" not in str(error):
+        text = str(error)
+        if not isinstance(error, MemoryError) and "memory" not in text:
             raise
-        message, status = f"{script}: error: not enough memory; lower {memory}", 2
-        say = print  # any rank may find this
+        message = f"error: not enough memory for this model, batch or length ({text[:80]!r})"
+        status = 2
     except FloatingPointError as error:
-        message, status = f"{script}: {error}", 1
+        message = str(error)
+        status = 1
     except KeyboardInterrupt as error:
-        message, status = str(error) or "stopped", 130
-    say(message, file=sys.stderr)
+        message = str(error) or "stopped"
+        status = 130
+    print(f"{script}: {message}", file=sys.stderr)
     sys.exit(status)
 
 
-def print_rank_0(*what, **how):
-    """print, in the first process of torchrun only."""
-    if RANK == 0:
-        print(*what, **how)
-
-
-class Progress(tqdm):
-    """tqdm's bar on a terminal; elsewhere, as in a log, a line every `every` seconds."""
-    every = 10.0
-
-    def __init__(self, iterable=None, show=True, leave=False, **how):
-        self.terminal, self.shown = sys.stderr.isatty(), time.monotonic()
-        if not self.terminal:  # tqdm's own writing goes nowhere
-            how |= dict(file=io.StringIO(), bar_format="{l_bar} {n_fmt}/{total_fmt} {unit}s, "
-                        "{elapsed} gone, {remaining} to go, {rate_fmt}{postfix}")
-        show = show and RANK == 0
-        super().__init__(iterable, leave=leave, dynamic_ncols=True, disable=not show, **how)
-
-    def display(self, msg=None, pos=None):
-        """Called by tqdm whenever there is something new to show."""
-        if self.terminal:
-            super().display(msg, pos)
-        elif time.monotonic() - self.shown >= self.every:
-            self.shown = time.monotonic()
-            print(self, file=sys.stderr, flush=True)
-
-
-def check_output(option, path):
-    """Raise InputError if the file that an option names cannot be written."""
-    if path:
-        require(not Path(path).is_dir(), f"--{option} {path} is a folder; name a file")
-        require(os.access(Path(path).parent, os.W_OK),
-                f"--{option} {path}: the folder is missing or cannot be written to")
+def progress_bar(iterable=None, show=True, **options):
+    """tqdm's bar on a terminal; elsewhere, as in a log, a line every ten seconds."""
+    terminal = sys.stderr.isatty()
+    if not terminal:
+        options |= dict(mininterval=10, bar_format="{l_bar}{n_fmt}/{total_fmt} {unit}s, {elapsed} "
+                        "gone, {remaining} to go{postfix}\n")
+    return tqdm(iterable, disable=not show, leave=not terminal, dynamic_ncols=True, **options)
 
 
 # ----------------------------------------------------------------------------------------------
 # Files: results, checkpoints, and the corpus that belongs to a checkpoint
 
+def check_output(path):
+    """Raise InputError, before the work, if the file of --out cannot be written."""
+    if path:
+        folder = Path(path).parent
+        require(folder.is_dir() and os.access(folder, os.W_OK) and not Path(path).is_dir(),
+                f"--out {path} names a folder, or one that is missing or cannot be written to")
+
+
 @contextmanager
-def whole_file(path):
-    """A binary file to write, which at every moment is either the old one or the whole new one:
-    a file beside it, flushed to the disk, then renamed."""
+def atomic_write(path):
+    """A binary file to write, which at every moment is either the old one or the whole new one."""
     part = Path(f"{path}.part")
     try:
         with open(part, "wb") as f:
@@ -143,10 +175,11 @@ def whole_file(path):
         part.unlink(missing_ok=True)
 
 
-def write_whole(path, text):
-    """Write a text file that is never half-written."""
-    with whole_file(path) as f:
-        f.write(text.encode())
+def write_results(path, results):
+    """Write results as JSON, if there is a path."""
+    if path:
+        with atomic_write(path) as f:
+            f.write(json.dumps(results, indent=1).encode() + b"\n")
 
 
 def save_checkpoint(path, model, **state):
@@ -155,22 +188,20 @@ def save_checkpoint(path, model, **state):
     state |= dict(model=model.state_dict(), gpt_config=asdict(model.gpt.config),
                   heads_config=asdict(model.heads_config))
     try:
-        with whole_file(path) as f:
+        with atomic_write(path) as f:
             torch.save(state, f)
-    except (OSError, RuntimeError) as error:  # torch's zip writer: RuntimeError
-        kept = "; the previous one is kept" if Path(path).exists() else ""
-        reason = str(error).splitlines()[0]
-        raise OSError(f"cannot save a checkpoint to {path}{kept}: {reason}") from None
+    except (OSError, RuntimeError) as error:  # PyTorch's zip writer: RuntimeError
+        raise OSError(f"cannot save {path} (is there space on the disk?); what was there stays: "
+                      f"{str(error).splitlines()[0]}") from None
 
 
 def load_checkpoint(path):
-    """A run folder or a checkpoint file -> (MultiTokenGPT on the CPU, dict of the other state).
-
-    Never runs code from the file. Raises InputError if it is missing, damaged or foreign."""
+    """A run folder or a checkpoint file -> (MultiTokenGPT on the CPU in eval mode, dict of the
+    other state). Never runs code from the file. Raises InputError."""
     path = Path(path)
     path = path / "checkpoint.pt" if path.is_dir() else path
     require(path.is_file(), f"no checkpoint at {path}; make one: python train.py --out RUN")
-    state = load_tensors(path, "a checkpoint of train.py")
+    state = load_tensors(path)
     try:
         gpt = GPT(GPTConfig(**state["gpt_config"]))
         model = MultiTokenGPT(gpt, HeadsConfig(**state["heads_config"]))
@@ -179,35 +210,35 @@ def load_checkpoint(path):
         reason = str(error).splitlines()[0]
         raise InputError(f"{path} is not a checkpoint of this train.py; train it again "
                          f"({reason})") from None
-    return model, state
-
-
-def load_model(path):
-    """A run of train.py, or GPT-2 weights (what GPT.from_pretrained takes). -> (MultiTokenGPT on
-    the CPU in eval mode, dict of a checkpoint's other state). Raises InputError."""
-    file = Path(path).suffix in (".safetensors", ".bin")
-    if file or str(path) in GPT2_NAMES or (Path(path) / "config.json").exists():
-        return MultiTokenGPT(GPT.from_pretrained(path), HeadsConfig((1,))).eval(), {}
-    model, state = load_checkpoint(path)
     return model.eval(), state
 
 
-def tokenizer_of(path, model, state):
-    """The tokenizer of a model from load_model. Raises InputError if nothing says which it is."""
-    by_size = {257: "bytes", 50257: "gpt2"}
-    name = state.get("tokenizer") or by_size.get(model.gpt.config.vocab_size)
-    require(name, f"{path} does not say which tokenizer it was trained with")
-    return get_tokenizer(name)
+def load_model(path):
+    """A run of train.py, or the weights of a GPT-2 (what GPT.from_pretrained takes). ->
+    (MultiTokenGPT on the CPU in eval mode, dict of a checkpoint's other state). Raises
+    InputError."""
+    path = Path(path)
+    weights = path.suffix in (".safetensors", ".bin") or (path / "config.json").exists()
+    if weights or str(path) in GPT2_HEADS and not path.exists():
+        return MultiTokenGPT(GPT.from_pretrained(str(path)), HeadsConfig((1,))).eval(), {}
+    model, state = load_checkpoint(path)
+    state.pop("optimizers", None)  # large, and of no use but for training
+    return model, state
+
+
+def tokenizer_name(model, state):
+    """Which tokenizer a model from load_model was trained with: "bytes" or "gpt2"."""
+    return state.get("tokenizer", "bytes" if model.gpt.config.vocab_size == 257 else "gpt2")
 
 
 def corpus_of(path, model, state, data=None):
     """The corpus `data`, or else the one that the model from load_model(path) was trained on.
-    Raises InputError and CorpusError, also if it has another tokenizer."""
+    Raises InputError, also if it has another tokenizer."""
     data = data or state.get("args", {}).get("data")
     require(data, f"{path} does not say what it was trained on; name a corpus with --data")
-    corpus, size = Corpus(data), model.gpt.config.vocab_size
-    found, wanted = corpus.meta["tokenizer"], state.get("tokenizer", "")
-    require(wanted in ("", found) and corpus.vocab_size == size,
-            f"{corpus.folder} has {corpus.vocab_size} {found} tokens, {path} knows {size} "
-            f"{wanted} tokens; prepare the corpus with another --tokenizer")
+    corpus = Corpus(data)
+    found = corpus.tokenizer.name
+    wanted = tokenizer_name(model, state)
+    require(wanted == found, f"{corpus.folder} has {found} tokens, {path} knows {wanted} tokens; "
+            f"prepare the corpus with --tokenizer {wanted}")
     return corpus

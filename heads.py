@@ -2,9 +2,9 @@
 
 The one idea is *offsets*. From the hidden state after x_1..x_t, offset o predicts x_{t+o}:
 
-    (1,)          next-token prediction (NTP), the GPT itself
+    (1,)          next-token prediction (NTP): the GPT itself
     (1, 2, 3, 4)  multi-token prediction (MTP): adjacent tokens
-    (1, 3, 5, 7)  leap MTP with stride 2: fewer heads per distance; looking back fills the holes
+    (1, 3, 5, 7)  leap MTP with stride 2: as many heads reach farther; looking back fills the holes
 
 Offset 1 is always the GPT's own unembedding; each further offset gets a head. Adding heads to a
 frozen GPT therefore never changes its next-token prediction.
@@ -12,7 +12,6 @@ frozen GPT therefore never changes its next-token prediction.
 From the top: offsets and draft sources, the heads, the model that holds them, the joint loss, the
 heads as a decoder runs them.
 """
-import copy
 import math
 from dataclasses import dataclass
 
@@ -21,39 +20,29 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.func import functional_call
 
-from model import Block, InputError, KVCache, require
+from data.prepare import InputError, require
+from model import Block, empty_cache
 
 
 # ----------------------------------------------------------------------------------------------
 # Offsets, and where a draft comes from
 
-def mtp_offsets(n):
-    """The first n adjacent tokens: mtp_offsets(4) == (1, 2, 3, 4)."""
-    return leap_offsets(n, 1)
-
-
-def leap_offsets(n, stride):
-    """n tokens, `stride` apart: leap_offsets(4, 2) == (1, 3, 5, 7) (L-MTP, section 3.1)."""
-    require(min(n, stride) > 0, f"n and stride must be at least 1, not {n} and {stride}")
-    return tuple(1 + stride * i for i in range(n))
-
-
 def parse_offsets(text):
     """"1,3,5,7" -> (1, 3, 5, 7). Raises InputError."""
     try:
-        offsets = [int(o) for o in text.split(",")]
+        return check_offsets(int(o) for o in text.split(","))
     except ValueError:
-        raise InputError(f"offsets are numbers with commas, as in 1,2,3,4; not {text!r}") from None
-    return check_offsets(offsets)
+        raise InputError(f"offsets start with 1 and increase, as in 1,2,3,4; not {text}") from None
 
 
 def check_offsets(offsets, available=None):
-    """offsets as a tuple; raises InputError unless they start with 1, increase, are available."""
-    offsets = tuple(int(o) for o in offsets)
-    require(offsets[:1] == (1,) and offsets == tuple(sorted(set(offsets))),
-            f"offsets must start with 1 and increase, as in 1,3,5,7; not {offsets}")
-    for o in offsets if available else ():
-        require(o in available, f"the model has no head for offset {o}, only for {available}")
+    """The offsets as a tuple. Raises InputError unless they start with 1, increase and are
+    available."""
+    offsets = tuple(offsets)
+    require(offsets[:1] == (1,) and list(offsets) == sorted(set(offsets)),
+            f"offsets start with 1 and increase, as in 1,2,3,4; not {offsets}")
+    missing = set(offsets) - set(available or offsets)
+    require(not missing, f"the model has no head for offset {missing}, only for {available}")
     return offsets
 
 
@@ -67,9 +56,11 @@ def draft_sources(offsets):
     >>> draft_sources((1, 3, 5))
     {2: (3, 1), 3: (3, 0), 4: (5, 1), 5: (5, 0)}
     """
-    offsets = check_offsets(offsets)
-    nearest = {j: min(o for o in offsets if o >= j) for j in range(2, offsets[-1] + 1)}
-    return {j: (o, o - j) for j, o in nearest.items()}
+    sources = {}
+    for j in range(2, max(offsets) + 1):
+        nearest = min(o for o in offsets if o >= j)
+        sources[j] = (nearest, nearest - j)
+    return sources
 
 
 # ----------------------------------------------------------------------------------------------
@@ -79,11 +70,10 @@ def draft_sources(offsets):
 class HeadsConfig:
     """Which heads a model has."""
     offsets: tuple = (1, 2, 3, 4)
-    kind: str = "resblock"         # "resblock" or "block": what a head's layers are
-    n_layer: int = 1               # residual blocks or transformer layers per head
-    own_unembedding: bool = False  # each head trains a copy of the unembedding
-    whs: bool = False              # weighted hidden states: each head reads all layers
-    conditional: bool = False      # each head also reads the token after its position
+    kind: str = "resblock"    # "resblock" or "block": what a head's layers are
+    n_layer: int = 1          # residual blocks or transformer layers per head
+    whs: bool = False         # weighted hidden states: each head reads all layers
+    sequential: bool = False  # each head also reads the token just before the one it predicts
 
     def __post_init__(self):
         self.offsets = check_offsets(self.offsets)
@@ -92,7 +82,7 @@ class HeadsConfig:
 
 
 class ResBlock(nn.Linear):
-    """z + silu(W z + b), zero at first (the head of Medusa and L-MTP)."""
+    """z + silu(W z + b), which adds nothing at first (the head of Medusa and L-MTP)."""
 
     def __init__(self, gpt_config):
         super().__init__(gpt_config.n_embd, gpt_config.n_embd)
@@ -106,7 +96,7 @@ class ResBlock(nn.Linear):
 
 def transformer_block(gpt_config):
     """A layer of the GPT's own shape (the head of Gloeckle et al. and Mehra et al.) that adds
-    nothing at first. It attends to the past, so in decoding it has a KV cache of its own."""
+    nothing at first. It attends to the past, so a decoder keeps a KV cache for it."""
     block = Block(gpt_config)
     for name, p in block.named_parameters():
         if p.dim() == 2:
@@ -119,23 +109,36 @@ def transformer_block(gpt_config):
 LAYERS = {"resblock": ResBlock, "block": transformer_block}
 
 
-class NextToken(nn.Module):
-    """z + MLP([z, norm(e)]): tells a head at position t the next token x_{t+1}, by its embedding
-    e. A decoder knows that token when it drafts, it is the bonus token. Such heads predict from
-    the conditional distribution, others from the marginal one (cf. Hydra, EAGLE, DeepSeek-V3;
-    arXiv 2402.05109, 2401.15077, 2412.19437). The MLP adds nothing at first."""
+class TokenReader(nn.Module):
+    """z + proj(silu(fc(z) + fc_e(norm(e)))): tells a head the token just before the one that it
+    predicts, by its embedding e. Adds nothing at first.
+
+    Training knows that token. A decoder knows it too: for the first draft it is the bonus token,
+    for each further one the draft before it (compare Hydra, arXiv 2402.05109). What does not
+    depend on the token can be computed for all drafts at once; the rest is small."""
 
     def __init__(self, gpt_config):
         super().__init__()
         C = gpt_config.n_embd
-        self.fc, self.proj = nn.Linear(2 * C, 2 * C), nn.Linear(2 * C, C)
+        self.fc = nn.Linear(C, 2 * C)
+        self.fc_e = nn.Linear(C, 2 * C, bias=False)
+        self.proj = nn.Linear(2 * C, C)
         nn.init.zeros_(self.proj.weight)
         nn.init.zeros_(self.proj.bias)
 
-    def forward(self, z, e):
-        """z, e (..., C) -> (..., C)."""
-        e = F.layer_norm(e, e.shape[-1:])
-        return z + self.proj(F.silu(self.fc(torch.cat([z, e], dim=-1))))
+    def before(self, z):
+        """What does not depend on the token: z (..., C) -> z and fc(z), (..., 3C)."""
+        return torch.cat([z, self.fc(z)], dim=-1)
+
+    def embed(self, e):
+        """What depends on the token alone: e (..., C) -> (..., 2C)."""
+        return self.fc_e(F.layer_norm(e, e.shape[-1:]))
+
+    def forward(self, before, embedded):
+        """(..., 3C) and (..., 2C) -> (..., C)."""
+        C = self.proj.out_features
+        z, inner = before.split([C, 2 * C], dim=-1)
+        return z + self.proj(F.silu(inner + embedded))
 
 
 def weighted_hidden_states(states, mix):
@@ -150,30 +153,28 @@ class Head(nn.Module):
     """From the hidden states after x_1..x_t to those whose unembedding predicts x_{t+o}. At first
     it adds nothing: an untrained head predicts the next token, with WHS from all layers."""
 
-    def __init__(self, gpt, config):
+    def __init__(self, gpt_config, config):
         super().__init__()
-        self.mix = self.next_token = self.unembedding = None
+        self.mix = None
+        self.reader = None
         if config.whs:
-            L = gpt.config.n_layer
-            start = torch.zeros(L)  # half of the weight for the last layer
-            start[-1] = math.log(max(1, L - 1))
+            L = gpt_config.n_layer
+            start = torch.zeros(L)
+            start[-1] = math.log(max(1, L - 1))  # half of the weight for the last layer
             self.mix = nn.Parameter(start)
-        if config.conditional:
-            self.next_token = NextToken(gpt.config)
-        self.blocks = nn.ModuleList([LAYERS[config.kind](gpt.config)
+        self.blocks = nn.ModuleList([LAYERS[config.kind](gpt_config)
                                      for _ in range(config.n_layer)])
-        if config.own_unembedding:
-            self.unembedding = copy.deepcopy(gpt.lm_head)
+        if config.sequential:
+            self.reader = TokenReader(gpt_config)
 
-    def forward(self, h, e=None, cache=None, slots=None, mask=None):
-        """h (B, T, C), or with weighted hidden states (B, T, L, C) -> (B, T, C). e (B, T, C): the
-        embeddings of the next tokens, if conditional. The rest is as in model.Block."""
+    def forward(self, h, cache=None, slots=None, mask=None):
+        """What the head computes from h alone: h (B, T, C), or with weighted hidden states
+        (B, T, L, C) -> z (B, T, C), or for a sequential head (B, T, 3C), from TokenReader.before.
+        The rest is as in model.Block."""
         z = h if self.mix is None else weighted_hidden_states(h, self.mix)
-        if self.next_token is not None:
-            z = self.next_token(z, e)
         for i, block in enumerate(self.blocks):
-            z = block(z, cache.layers[i] if cache else None, slots, mask)
-        return z
+            z = block(z, cache[i] if cache else None, slots, mask)
+        return z if self.reader is None else self.reader.before(z)
 
 
 class MultiTokenGPT(nn.Module):
@@ -181,10 +182,13 @@ class MultiTokenGPT(nn.Module):
 
     def __init__(self, gpt, heads_config):
         super().__init__()
-        self.gpt, self.heads_config, self.offsets = gpt, heads_config, heads_config.offsets
-        require(self.offsets[-1] <= gpt.config.block_size, f"offset {self.offsets[-1]} is beyond "
+        self.gpt = gpt
+        self.heads_config = heads_config
+        self.offsets = heads_config.offsets
+        require(max(self.offsets) <= gpt.config.block_size, f"offset {max(self.offsets)} is beyond "
                 f"the model's context of {gpt.config.block_size}")
-        self.heads = nn.ModuleDict({str(o): Head(gpt, heads_config) for o in self.offsets[1:]})
+        self.heads = nn.ModuleDict({str(o): Head(gpt.config, heads_config)
+                                    for o in self.offsets[1:]})
 
     def read(self, stream):
         """What the heads read: GPT.residual_stream, n_layer + 1 tensors (B, T, C) -> (B, T, C), or
@@ -202,76 +206,63 @@ class MultiTokenGPT(nn.Module):
         """h from `read` -> the GPT's hidden states (B, T, C), which offset 1 unembeds."""
         return h[:, :, -1] if self.heads_config.whs else h
 
-    def embed_next(self, next_tokens):
-        """What conditional heads read of the next tokens (B, T); None for other heads."""
-        return self.gpt.transformer.wte(next_tokens) if self.heads_config.conditional else None
-
-    def offset_logits(self, h, offset, next_tokens=None):
+    def offset_logits(self, h, offset, previous):
         """h from `read` -> logits (B, T, V) of an offset; [:, t] predicts token t + offset.
-        next_tokens (B, T): [:, t] is token t + 1, which conditional heads read."""
+        previous (B, T): [:, t] is the token before that, which sequential heads read."""
         if offset == 1:
             return self.gpt.lm_head(self.last_layer(h))
         head = self.heads[str(offset)]
-        z = head(h, self.embed_next(next_tokens))
-        return (head.unembedding or self.gpt.lm_head)(z)
+        z = head(h)
+        if head.reader is not None:
+            z = head.reader(z, head.reader.embed(self.gpt.transformer.wte(previous)))
+        return self.gpt.lm_head(z)
+
+    def forward(self, idx):
+        """(B, T) int64 -> {offset: logits (B, T, V)}. The last offset - 1 positions of a
+        sequential head are meaningless: the text ends before the token that it reads."""
+        h = self.hidden_states(idx)
+        return {o: self.offset_logits(h, o, idx.roll(1 - o, dims=1)) for o in self.offsets}
 
     def layer_weights(self):
         """{offset: the weight of each layer in what its head reads}; empty without WHS."""
-        return {int(o): head.mix.detach().float().softmax(0).tolist()
+        return {int(o): head.mix.detach().softmax(0).tolist()
                 for o, head in self.heads.items() if head.mix is not None}
-
-    def forward(self, idx):
-        """(B, T) int64 -> {offset: logits (B, T, V)}, of conditional heads (B, T - 1, V)."""
-        h, logits = self.hidden_states(idx), {}
-        for o in self.offsets:
-            n = idx.shape[1] - (o > 1 and self.heads_config.conditional)
-            logits[o] = self.offset_logits(h[:, :n], o, idx[:, 1:])
-        return logits
 
 
 # ----------------------------------------------------------------------------------------------
 # The joint loss
 
 def predictions_and_targets(model, h, idx, offset):
-    """One offset's logits (n, V) and the tokens (n,) that they predict; n = B * (T - offset).
+    """One offset's logits (n, V) and the tokens (n,) that they predict; n = B * (T + 1 - offset).
 
-    idx (B, T); h (B, T - 1, ...) = model.hidden_states(idx[:, :-1]). Position t of offset o
+    idx (B, T + 1); h (B, T, ...) = model.hidden_states(idx[:, :-1]). Position t of offset o
     predicts token t + o, so the last o - 1 positions have no target."""
-    targets = idx[:, offset:]  # (B, T - o)
-    n = targets.shape[1]
-    logits = model.offset_logits(h[:, :n], offset, next_tokens=idx[:, 1:n + 1])
+    targets = idx[:, offset:]  # (B, T + 1 - o)
+    previous = idx[:, offset - 1:-1]
+    logits = model.offset_logits(h[:, :targets.shape[1]], offset, previous)
     return logits.flatten(0, 1), targets.flatten()
 
 
-def joint_loss(model, idx, weights=None, backward=False, scale=1.0, distill=0.0):
+def joint_loss(model, idx, weights=None, backward=False):
     """The loss of every offset: idx (B, T + 1) int64 -> {offset: mean nats, a detached scalar}.
 
     weights {offset: float} (1 where absent); an offset with weight 0 is left out. backward=True
-    adds the gradients of scale * sum_o weights[o] * loss_o to .grad wherever parameters require
-    them. It does so head by head (Gloeckle et al. 2024, section 2): a head's logits, by far the
-    largest tensors here, are made, used and freed before the next head's, so the peak holds one
-    head's however many there are. Each head leaves its gradient at the hidden states, and the
-    trunk runs backward once with their sum. The result is the gradient of the plain sum.
-
-    distill: the fraction of a head's loss that is the cross-entropy against the distribution which
-    the model itself has of that token once it has read the text up to there (self-distillation):
-    offset 1's at t + o - 1, without gradient."""
+    adds the gradients of sum_o weights[o] * loss_o to .grad wherever parameters require them. It
+    does so head by head (Gloeckle et al. 2024, section 2): a head's logits, by far the largest
+    tensors here, are made, used and freed before the next head's, so the peak holds one head's
+    however many there are. Each head leaves its gradient at the hidden states, and the trunk runs
+    backward once with their sum. The result is the gradient of the plain sum."""
     hidden = model.hidden_states(idx[:, :-1])  # (B, T, C) or (B, T, n_layer, C)
     h = hidden.detach()  # the heads' gradients meet in h.grad
     h.requires_grad_(backward and hidden.requires_grad)
-    own = model.offset_logits(h, 1).detach() if distill else None  # (B, T, V)
     losses = {}
     for o in model.offsets:
         weight = (weights or {}).get(o, 1.0)
         if weight == 0:
             continue
-        logits, targets = predictions_and_targets(model, h, idx, o)
-        loss = F.cross_entropy(logits, targets)
-        if distill and o > 1:
-            p = own[:, o - 1:].flatten(0, 1).softmax(-1)  # of the same tokens
-            loss = (1 - distill) * loss + distill * F.cross_entropy(logits, p)
+        loss = F.cross_entropy(*predictions_and_targets(model, h, idx, o))
         if backward and loss.requires_grad:
-            (scale * weight * loss).backward()
+            (weight * loss).backward()
         losses[o] = loss.detach()
     if h.requires_grad:
         hidden.backward(h.grad)
@@ -281,63 +272,66 @@ def joint_loss(model, idx, weights=None, backward=False, scale=1.0, distill=0.0)
 # ----------------------------------------------------------------------------------------------
 # The heads as a decoder runs them: all on the same tokens
 
-PADDING = {"cuda": 64}  # its kernels like a multiple of this many rows of an unembedding
+class Unembedding(nn.Module):
+    """z (..., C) -> logits (..., V), with weight (V, C). On CUDA it has some rows of zeros more,
+    because the kernels like multiples of 64."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.size = len(weight)
+        if weight.is_cuda:
+            weight = F.pad(weight, (0, 0, 0, -self.size % 64))
+        self.weight = nn.Parameter(weight, requires_grad=False)
+
+    def forward(self, z):
+        return F.linear(z, self.weight)[..., :self.size]
 
 
 class DraftHeads:
-    """The heads of some offsets, and offset 1, for decoding. What is run together is copied: the
-    weights of heads that do not attend, the rows of `vocab`, and, on CUDA, what is padded.
+    """Offset 1 and the heads of some offsets, for decoding. What is run together is copied: the
+    weights of heads that do not attend, the rows of `vocab`, the table of what sequential heads
+    read of every token, and on CUDA what is padded.
 
     vocab (K,) int64: the only tokens that heads draft; None: all V."""
 
     def __init__(self, model, offsets, vocab=None):
-        self.model, self.vocab_size = model, model.gpt.config.vocab_size
-        self.draft_size = self.vocab_size if vocab is None else len(vocab)
-        self.heads = [model.heads[str(o)] for o in offsets if o > 1]
-        self.unembed = unembed = with_padding(model.gpt.lm_head)
-        self.unembed_drafts = unembed if vocab is None else with_padding(model.gpt.lm_head, vocab)
-        self.own = [with_padding(head.unembedding, vocab)
-                    for head in self.heads if head.unembedding is not None]
-        self.attend = model.heads_config.kind == "block"
-        if self.heads and not self.attend:  # all parameters but unembeddings, (H, ...) each
+        self.model = model
+        self.heads = [model.heads[str(o)] for o in offsets[1:]]
+        self.attending = bool(self.heads) and model.heads_config.kind == "block"
+        self.sequential = model.heads_config.sequential
+        weight = model.gpt.lm_head.weight.detach()  # also the embedding
+        self.unembed = Unembedding(weight)
+        self.unembed_draft = self.unembed if vocab is None else Unembedding(weight[vocab])
+        if self.heads and not self.attending:  # {name: (H, ...)}
             named = [dict(head.named_parameters()) for head in self.heads]
             self.stacked = {name: torch.stack([p[name].detach() for p in named])
-                            for name in named[0] if "unembedding" not in name}
+                            for name in named[0]}
+        if self.sequential:
+            with torch.no_grad():  # (V, 2C) each
+                self.tables = [head.reader.embed(weight) for head in self.heads]
 
-    def caches(self, **how):
-        """A KVCache for each head that attends (how: as in KVCache)."""
-        return [KVCache(len(head.blocks), **how) for head in self.heads if self.attend]
+    def caches(self, *shape):
+        """A KV cache for each head that attends; (batch, slots, dtype, device) as in
+        model.empty_cache."""
+        return [empty_cache(self.model.gpt.config, len(head.blocks), *shape)
+                for head in self.heads if self.attending]
 
-    def run(self, h, next_tokens, caches=(), slots=None, mask=None):
-        """h (B, n, ...) as from MultiTokenGPT.read, next_tokens (B, n): those after them -> (B, n,
-        H, C). The rest is as in model.Block."""
-        e = self.model.embed_next(next_tokens)
-        if self.attend:
-            outputs = [head(h, e, cache, slots, mask) for head, cache in zip(self.heads, caches)]
-            return torch.stack(outputs, dim=2)
+    def attend(self, h, caches, slots, mask):
+        """What must be computed at every token: h (B, n, ...) from MultiTokenGPT.read -> (B, n,
+        H, C or 3C) of heads that attend, h itself for others. The rest is as in model.Block."""
+        if not self.attending:
+            return h
+        outputs = [head(h, cache, slots, mask) for head, cache in zip(self.heads, caches)]
+        return torch.stack(outputs, dim=2)
 
+    def alone(self, h):
+        """What need be computed only where tokens are drafted: h (B, n, ...) from `attend` -> what
+        Head.forward returns, of every head, (B, n, H, C or 3C)"""
         def run_one(parameters):
-            return functional_call(self.heads[0], parameters, (h, e))
-        return torch.vmap(run_one, out_dims=2)(self.stacked)
+            return functional_call(self.heads[0], parameters, (h,))
+        return h if self.attending else torch.vmap(run_one, out_dims=2)(self.stacked)
 
-    def next_logits(self, h):
-        """Offset 1: h as from MultiTokenGPT.read -> logits (B, n, V)."""
-        return self.unembed(self.model.last_layer(h))[..., :self.vocab_size]
-
-    def logits(self, z):
-        """z (B, n, H, C) from `run` -> logits (B, n, H, K)."""
-        if not self.own:
-            return self.unembed_drafts(z)[..., :self.draft_size]
-        logits = torch.stack([f(z[:, :, i]) for i, f in enumerate(self.own)], dim=2)
-        return logits[..., :self.draft_size]
-
-
-def with_padding(linear, rows=None):
-    """A Linear without bias, or some of its rows, and zero rows where its device likes them."""
-    weight = linear.weight.detach() if rows is None else linear.weight.detach()[rows]
-    missing = -len(weight) % PADDING.get(weight.device.type, 1)
-    if rows is None and not missing:
-        return linear
-    padded = nn.Linear(linear.in_features, len(weight) + missing, bias=False, device="meta")
-    padded.weight = nn.Parameter(F.pad(weight, (0, 0, 0, missing)))
-    return padded
+    def logits_after(self, z, i, previous):
+        """z (B, 1, 3C) from `alone`, of the i-th head; previous (B, 1): the token before the one
+        that it drafts -> logits (B, 1, K)"""
+        return self.unembed_draft(self.heads[i].reader(z, self.tables[i][previous]))

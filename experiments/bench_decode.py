@@ -1,49 +1,38 @@
 """How fast decoding is, and what limits it.
 
-    python experiments/bench_decode.py --run runs/demo --out experiments/results/bench_cpu.json
+    python experiments/bench_decode.py --out experiments/results/bench_cpu.json    # one step
+    python experiments/bench_decode.py --run runs/demo                             # whole texts
 
 To emit one token, a model reads all its weights from memory and does so little arithmetic with
 each that the reading takes the time: decoding is *memory-bound*. A block of N tokens reads the
 same weights once. As long as arithmetic is free, its step takes no longer than that of one token,
-and every accepted draft is a gain. That is what multi-token decoding lives on. It ends at the
-block size where arithmetic is no longer free (*compute-bound*), which comes early on a machine
-with much bandwidth and few arithmetic units. A toy model is limited by neither, but by the fixed
-cost of launching each operation.
+and every accepted draft is a gain. That is what multi-token decoding lives on. It ends where the
+block, or the batch, is so large that arithmetic is no longer free (*compute-bound*), which comes
+early on a machine with much bandwidth and few arithmetic units. A toy model is limited by neither,
+but by the fixed cost of launching each operation.
 
-The methods take turns within one run, and medians are shown. There are three parts:
+- latency: the time of a step; its cost in steps of NTP is what a method must emit to pay. Where the
+  vocabulary is large, also with drafts among 8,192 tokens, because each draft of a sequential head
+  reads the unembedding once more.
+- texts: whole greedy texts, beside transformers' generate, which has prompt lookup, too. Speedup /
+  tokens per step would be 1 if drafting were free.
 
-- latency: the time of a step by block size. Blocks of up to 4 are a chain; larger ones have drafts
-  of lower rank as well. MBU (model bandwidth utilisation) is the bytes that a step must read
-  (weights, and keys and values) per second, over the bandwidth at which this machine reads a large
-  array. The limit is 1; caches can lift it above.
-- batches: what a step costs by batch size.
-- generate: tokens per second of whole texts. transformers' generate, with its default cache and
-  with its static cache compiled, beside our decoder as NTP (eager, compiled), MTP, leap and tree.
-  With random weights hardly any draft is right, so tokens/s means nothing for methods that draft.
-  *Efficiency* still does: speedup / tokens per step, the speedup per accepted token. For a trained
-  model, this part also compares drafting with the model's sampling noise (Gumbel coupling) and
-  without.
+The methods take turns within one run, and medians are shown.
 """
-import json
 import statistics
 import sys
-import tempfile
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch.nn.attention import SDPBackend
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import decode
-from common import (Parser, Progress, check_output, environment, load_checkpoint,
-                    one_line_errors, pick_device, write_whole)
-from data.loader import Corpus
-from decode import Decoder, Node, can_compile, chain, load_tree, ready
-from experiments.calibrate import step_latencies, timed
-from experiments.plots import import_pyplot
-from heads import HeadsConfig, MultiTokenGPT, draft_sources
-from model import GPT, GPTConfig, InputError
+from common import (Parser, can_compile, check_output, corpus_of, environment, load_model,
+                    one_line_errors, pick_device, progress_bar, write_results)
+from data.prepare import InputError, require
+from decode import Decoder, clock, drafting
+from heads import HeadsConfig, MultiTokenGPT, parse_offsets
+from model import GPT, TRANSPOSED, GPTConfig
 
 SIZES = {  # GPT-2's real shapes; toy is the demo's
     "toy": dict(n_layer=4, n_head=2, n_embd=96, vocab_size=257, block_size=256),
@@ -51,351 +40,208 @@ SIZES = {  # GPT-2's real shapes; toy is the demo's
     "1.5B": dict(n_layer=48, n_head=25, n_embd=1600, vocab_size=50257, block_size=1024),
 }
 OFFSETS = (1, 2, 3, 4, 5, 7)
-METHODS = {"NTP": (1,), "MTP": (1, 2, 3, 4), "leap": (1, 3, 5, 7)}
-PARTS = ("latency", "batches", "generate")
-ATTENTION = {"efficient": decode.ATTENTION, "cudnn": [SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH]}
-FEW = 8192  # tokens to draft among (FR-Spec)
-PROMPT, NEW = 64, 192  # tokens of a prompt, and of its continuation
+METHODS = {"NTP": "1", "lookup": "lookup", "MTP-1": "1,2", "MTP": "1,2,3,4", "leap": "1,3,5,7",
+           "all": "1,2,3,4,5,7"}
+FEW = 8192    # tokens to draft among (FR-Spec, arXiv 2502.14856)
+PROMPT = 64   # tokens
+NEW = 184     # so that transformers' prompt lookup, whose drafts overshoot, stays in the context
 LENGTH = PROMPT + NEW
 
 
+def seconds_of(f, times, device):
+    """How long one call of f takes, of several."""
+    begin = clock(device)
+    for _ in range(times):
+        f()
+    return (clock(device) - begin) / times
+
+
 # ----------------------------------------------------------------------------------------------
-# Measuring
+# One step
 
-def flat_tree(nodes):
-    """A tree of `nodes` drafts, for a block of any size: a chain of 3, and drafts of lower rank
-    for the first token."""
-    chained = chain(draft_sources(METHODS["MTP"]))
-    return (*chained[:nodes], *(Node(0, 2, 0, rank) for rank in range(1, nodes - 2)))
-
-
-def read_bandwidth(device):
-    """Bytes per second at which this machine reads an array much larger than its caches: the best
-    of two kernels."""
-    n = 2 ** (32 if device.type == "cuda" else 29)  # bytes
-    x = torch.ones(n // 4, device=device)
-    matrix, vector = x.view(-1, 4096), torch.ones(4096, device=device)
-    kernels = [lambda: x.sum(), lambda: matrix @ vector]
-    return max(n / timed(kernel, device) for kernel in kernels for _ in range(7))
+@torch.no_grad()
+def step_seconds(decoders, rounds):
+    """The median time of a step of each decoder, in turns. A finished text does the same work as
+    one that is being written, and stays as it is."""
+    for decoder in decoders:
+        decoder.position.fill_(decoder.max_length // 2)
+        decoder.limit.copy_(decoder.position)
+    found = [[seconds_of(d.run_step, 10, d.device) for d in decoders] for _ in range(1 + rounds)]
+    return [statistics.median(times) for times in zip(*found[1:])]  # the first touched all memory
 
 
-def step_bytes(decoder, batch_size=1):
-    """Bytes that one step must read: the weights it uses, each once, and the keys and values of
-    half the context."""
-    heads, unembed = decoder.heads, decoder.model.gpt.lm_head
-    used = [decoder.model.gpt.transformer.h, unembed, *heads.heads]
-    used += [unembed] * bool(heads.heads and not heads.own)  # once more, for the drafts
-    weights = sum(p.numel() for module in used for p in module.parameters())
-    weights *= unembed.weight.element_size()
-    layer = decoder.state(batch_size)[0].caches[0].layers[0]
-    token = decoder.config.n_layer * layer.shape[-1] * layer.element_size()
-    return weights + batch_size * decoder.max_length // 2 * token
+def latency_cases(methods, kinds, vocab_size):
+    """What bench_latency measures: a list of (heads, method, draft_vocab), NTP first."""
+    cases = [("", method, None) for method in ("NTP", "lookup") if method in ("NTP", *methods)]
+    for kind in kinds:
+        for method in methods:
+            if method not in ("NTP", "lookup"):
+                cases.append((kind, method, None))
+                if vocab_size > 2 * FEW:
+                    cases.append((kind, method, FEW))
+    return cases
 
 
-def bench_latency(model, compile, bandwidth, blocks, bar):
-    """Step latency by block size. -> list of dict(block, ms, relative, mbu)"""
-    decoders = []
-    for block in blocks:
-        bar.set_postfix_str(f"prepare a block of {block}")
-        decoder = Decoder(model, tree=flat_tree(block - 1), max_length=LENGTH, compile=compile)
-        with torch.no_grad():
-            decoder.state(1)
-        decoders.append(decoder)
-        bar.update()
-    found = step_latencies(decoders)
-    return [dict(block=block, ms=1e3 * seconds, relative=seconds / found[0],
-                 mbu=step_bytes(decoder) / seconds / bandwidth)
-            for block, decoder, seconds in zip(blocks, decoders, found)]
+def bench_latency(gpt, args, options):
+    """-> a dict for each batch size and case"""
+    weight = gpt.lm_head.weight
+    cases = latency_cases(args.methods, args.heads, len(weight))
+    rows = []
+    for batch in args.batches:
+        decoders = []
+        for kind, method, few in progress_bar(cases, desc=f"prepare batch {batch}", unit="decoder"):
+            model = MultiTokenGPT(gpt, HeadsConfig(OFFSETS, sequential=kind == "sequential"))
+            decoders.append(Decoder(
+                model.to(weight.device, weight.dtype).eval(), batch_size=batch, max_length=LENGTH,
+                draft_vocab=few and range(few), **options, **drafting(METHODS[method], OFFSETS)))
+        seconds = step_seconds(decoders, args.rounds)
+        for (kind, method, few), t in zip(cases, seconds):
+            rows.append(dict(batch=batch, heads=kind, method=method, draft_vocab=few or "all",
+                             ms=1e3 * t, cost=t / seconds[0]))
+    return rows
 
 
-def bench_batches(model, compile, sizes, bar):
-    """Efficiency by batch size: the latency of an NTP step over that of a method's step. With a
-    large vocabulary also of heads that draft among FEW tokens. -> list of dict(batch, method, ms,
-    efficiency)"""
-    how = dict(max_length=LENGTH, compile=compile)
-    decoders = {name: Decoder(model, offsets, **how) for name, offsets in METHODS.items()}
-    if model.gpt.config.vocab_size > 2 * FEW:
-        decoders |= {f"{name}, {FEW:,} tokens": Decoder(model, METHODS[name], **how,
-                                                        draft_vocab=range(FEW))
-                     for name in ("MTP", "leap")}
-    found = []
-    for size in sizes:
-        bar.set_postfix_str(f"batch {size}")
-        seconds = dict(zip(decoders, step_latencies(list(decoders.values()), size)))
-        found += [dict(batch=size, method=name, ms=1e3 * t, efficiency=seconds["NTP"] / t)
-                  for name, t in seconds.items()]
-        bar.update()
-    return found
+# ----------------------------------------------------------------------------------------------
+# Whole texts
 
-
-def peers(gpt, device, compile):
-    """transformers' generate with this GPT's weights: {name: f(prompt) -> (new tokens, steps)}.
-    Raises InputError if transformers is missing."""
+def transformers_model(gpt):
+    """transformers' GPT-2 with this GPT's weights. Raises InputError if there is none."""
     try:
         import transformers
     except ImportError:
-        raise InputError("the comparison needs transformers: "
-                         "pip install -e '.[experiments]'") from None
+        raise InputError("the comparison needs a package: pip install transformers") from None
     transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    dtype = gpt.lm_head.weight.dtype
-    with tempfile.TemporaryDirectory() as folder:
-        gpt.save_pretrained(folder)
-        theirs = transformers.GPT2LMHeadModel.from_pretrained(folder, dtype=dtype)
-        theirs.to(device).eval()
-
-    def generate(prompt, **options):
-        idx = torch.tensor([prompt], device=device)
-        out = theirs.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=NEW,
-                              min_new_tokens=NEW, do_sample=False, pad_token_id=0,
-                              eos_token_id=None, **options)
-        return out[0, len(prompt):].tolist(), NEW
-
-    def static(prompt):
-        mode = "reduce-overhead" if device.type == "cuda" else "default"
-        config = transformers.CompileConfig(fullgraph=True, dynamic=None, mode=mode)
-        config._compile_all_devices = True  # else it does not compile on CPUs
-        return generate(prompt, cache_implementation="static", compile_config=config)
-    found = {"transformers": generate}
-    if compile:
-        found["transformers, static cache, compiled"] = static
-    return found
+    shape = dict(vars(gpt.config), n_positions=gpt.config.block_size)
+    del shape["dropout"], shape["block_size"]
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape))
+    theirs.load_state_dict({key: t.T if key.endswith(TRANSPOSED) else t
+                            for key, t in gpt.state_dict().items()})
+    weight = gpt.lm_head.weight
+    return theirs.to(weight.device, weight.dtype).eval()
 
 
-def ours(decoder, prompt):
-    """Our decoder in the form of `peers`: -> (new tokens, steps)."""
+def theirs_writes(theirs, prompt, **options):
+    """-> new tokens, how many forward passes they took"""
+    passes = []
+    idx = torch.tensor([prompt], device=theirs.device)
+    hook = theirs.register_forward_hook(lambda *_: passes.append(1))
+    out = theirs.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=NEW,
+                          min_new_tokens=NEW, do_sample=False, pad_token_id=0, eos_token_id=None,
+                          **options)
+    hook.remove()
+    return out[0, len(prompt):].tolist(), len(passes)
+
+
+def ours_writes(decoder, prompt):
+    """-> new tokens, how many steps they took"""
     g = decoder.generate([prompt], NEW)
     return g.tokens[0], g.steps
 
 
-def median_ratio(a, b):
-    """The median of the ratios of two lists, item by item."""
-    return statistics.median(x / y for x, y in zip(a, b))
-
-
-def bench_generate(model, compile, prompts, tree, rounds, bar):
-    """Tokens per second of whole greedy texts. -> list of dict, {method: why it is missing}"""
+def bench_texts(model, prompts, args, options):
+    """-> a dict for each method"""
     device = model.gpt.lm_head.weight.device
-    runners, notes = {}, {}  # {method: f(prompt) -> (new tokens, steps)}
-    for name, run in peers(model.gpt, device, compile).items():
-        bar.set_postfix_str(name)
-        try:
-            run(prompts[0])
-            runners[name] = run
-        except Exception as error:  # another version of it, or no compiler
-            reason = " ".join(str(error).split())[:120]
-            notes[name] = f"does not work here: {type(error).__name__}: {reason}"
-            if name == "transformers":  # the other methods are compared with it
-                raise InputError(f"transformers' generate {notes[name]}") from None
-        bar.update()
-    how = dict(max_length=LENGTH, compile=compile)
-    decoders = {"NTP, eager": Decoder(model, METHODS["NTP"], max_length=LENGTH)}
-    decoders |= {name: Decoder(model, offsets, **how) for name, offsets in METHODS.items()}
-    decoders["tree"] = Decoder(model, tree=tree, **how)
-    for name, decoder in decoders.items():
-        bar.set_postfix_str(name)
-        runners[name] = partial(ours, decoder)
-        runners[name](prompts[0])  # compile, and touch all memory
-        bar.update()
-    speed, done = ({name: [] for name in runners} for _ in range(2))
-    for _ in range(rounds):
-        seconds = dict.fromkeys(runners, 0.0)
-        for prompt in prompts:  # at each prompt all methods take turns
-            for name, run in runners.items():
-                seconds[name] += timed(lambda: done[name].append(run(prompt)), device)
-        for name in runners:
-            speed[name].append(NEW * len(prompts) / seconds[name])
-        bar.update()
-    found = []
-    for name in runners:
-        texts, steps = zip(*done[name])
-        per_step = NEW * len(texts) / sum(steps)
-        over_ntp = median_ratio(speed[name], speed["NTP"])
-        found.append(dict(
-            method=name, tokens_per_second=statistics.median(speed[name]),
-            tokens_per_step=per_step, over_ntp=over_ntp, efficiency=over_ntp / per_step,
-            over_transformers=median_ratio(speed[name], speed["transformers"]),
-            same_text=texts == tuple(text for text, _ in done["NTP"])))
-    return found, notes
+    theirs = transformers_model(model.gpt)
+    writers = {"transformers": partial(theirs_writes, theirs),
+               "transformers, lookup": partial(theirs_writes, theirs, prompt_lookup_num_tokens=8)}
+    for name in progress_bar(dict.fromkeys(["NTP", *args.methods]), desc="prepare", unit="decoder"):
+        method = METHODS[name]
+        if method == "lookup" or set(parse_offsets(method)) <= set(model.offsets):
+            writers[name] = partial(ours_writes, Decoder(
+                model, max_length=LENGTH, **options, **drafting(method, model.offsets)))
+    seconds = {name: [] for name in writers}
+    written = {name: [] for name in writers}
+    for prompt in progress_bar(prompts[:1] + prompts * args.rounds, desc="write", unit="prompt"):
+        for name, write in writers.items():
+            begin = clock(device)
+            written[name].append(write(prompt))
+            seconds[name].append(clock(device) - begin)
 
-
-def bench_coupling(model, prompts):
-    """Tokens per step of sampled text, drafted with the model's noise and without. -> list of
-    dict(method, coupled, argmax)"""
-    found = []
-    for name in ("MTP", "leap"):
-        how = dict(offsets=METHODS[name], temperature=1.0)
-        coupled, argmax = (Decoder(model, coupled=coupled, **how).generate(prompts, NEW)
-                           for coupled in (True, False))
-        if coupled.tokens != argmax.tokens:
-            raise RuntimeError("the text depends on how its tokens were drafted")
-        found.append(dict(method=name, coupled=coupled.tokens_per_step,
-                          argmax=argmax.tokens_per_step))
-    return found
-
-
-# ----------------------------------------------------------------------------------------------
-# Tables and figure
-
-def show(part, size):
-    """Print one part of the results of one size as a table."""
-    if part == "latency":
-        print(f"{'block':>5}{'ms/step':>10}{'relative':>10}{'MBU':>7}")
-        for r in size["latency"]:
-            print(f"{r['block']:5}{r['ms']:10.3f}{r['relative']:10.2f}{r['mbu']:7.2f}")
-    elif part == "batches":
-        print("batch  " + "  ".join(
-            f"{r['batch']} {r['method']} {r['ms']:.2f} ms ({r['efficiency']:.2f})"
-            for r in size["batches"]))
-    else:
-        print(f"{'whole texts':38}{'tokens/s':>10}{'tokens/step':>13}{'over NTP':>10}"
-              f"{'efficiency':>12}  over transformers  text")
-        for r in size["generate"]:
-            print(f"{r['method']:38}{r['tokens_per_second']:10,.0f}{r['tokens_per_step']:13.2f}"
-                  f"{r['over_ntp']:9.2f}x{r['efficiency']:12.2f}{r['over_transformers']:18.2f}x  "
-                  f"{'same' if r['same_text'] else 'differs'}")
-        for method, note in size["notes"].items():
-            print(f"{method} {note}")
-        for r in size.get("coupling", []):
-            print(f"temperature 1, {r['method']}: {r['coupled']:.2f} tokens/step with the model's "
-                  f"noise, {r['argmax']:.2f} without")
-
-
-def draw(results, path):
-    """A figure: latency by block size, and tokens/s by method, a column for each size."""
-    plt = import_pyplot()
-    sizes, here = results["sizes"], results["environment"]
-    fig, axes = plt.subplots(2, len(sizes), figsize=(5.5 * len(sizes), 7), squeeze=False,
-                             layout="constrained")
-    for (name, size), (top, bottom) in zip(sizes.items(), axes.T):
-        blocks, ms = ([r[key] for r in size["latency"]] for key in ("block", "ms"))
-        top.plot(blocks, ms, "o-", color="#1f6f8b")
-        top.axhline(ms[0], color="#999", lw=1, ls=":")
-        top.set_xscale("log", base=2)
-        top.set_xticks(blocks, blocks)
-        top.set(title=f"{name}, {results['dtype']}: one step (in NTP steps)",
-                xlabel="tokens in the block", ylabel="ms", ylim=(0, 1.15 * max(ms)))
-        for r in size["latency"]:
-            top.annotate(f"{r['relative']:.2f}", (r["block"], r["ms"]), xytext=(0, 8),
-                         textcoords="offset points", ha="center", fontsize=8)
-        # Drafts of random weights mean nothing, so show only the methods that do not draft.
-        trained = size["weights"] == "trained"
-        rows = [r for r in size["generate"] if trained or r["tokens_per_step"] == 1]
-        methods = [r["method"].replace("s, ", "s,\n", 1) for r in rows]
-        speeds = [r["tokens_per_second"] for r in rows]
-        colors = ["#bbb" if "transformers" in method else "#1f6f8b" for method in methods]
-        bars = bottom.barh(methods, speeds, color=colors)
-        bottom.bar_label(bars, [f" {speed:,.0f}" for speed in speeds], fontsize=8)
-        bottom.invert_yaxis()
-        bottom.margins(x=0.15)
-        bottom.set(title=f"{name}, {size['weights']} weights: whole texts", xlabel="tokens/s")
-        for axis in (top, bottom):
-            axis.spines[["top", "right"]].set_visible(False)
-    fig.suptitle(f"{here['device_name']}, {here['threads']} threads, torch {here['torch']}",
-                 fontsize=9, color="#666")
-    fig.savefig(path, dpi=110)
+    def speedup(name, over):  # without the first text, which touched all memory
+        return statistics.median(a / b for a, b in zip(seconds[over][1:], seconds[name][1:]))
+    rows = []
+    for name in writers:
+        per_step = NEW * len(written[name]) / sum(steps for _, steps in written[name])
+        gain = speedup(name, "NTP")
+        same = all(a == b for (a, _), (b, _) in zip(written[name], written["NTP"]))
+        rows.append({
+            "method": name, "tokens/step": per_step,
+            "tokens/s": NEW / statistics.median(seconds[name][1:]), "speedup": gain,
+            "step cost": per_step / gain, "speedup / (tokens/step)": gain / per_step,
+            "over transformers": speedup(name, "transformers"),
+            "text": "identical" if same else "DIFFERS"})
+    return rows
 
 
 # ----------------------------------------------------------------------------------------------
 # The command line
 
-def parse_args(argv=None):
-    """The command line as a namespace."""
-    p = Parser(prog="bench_decode.py", description="Benchmark decoding: step latency by block "
-               "size, batches, tokens/s beside transformers, and what the sampling noise gains.")
-    p.add_argument("--run", help="a trained run for the toy size (default: random weights)")
-    p.add_argument("--sizes", nargs="+", choices=list(SIZES),
-                   help="default: toy 124M, and 1.5B on CUDA")
-    p.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS),
-                   help="what to measure")
-    p.add_argument("--blocks", nargs="+", type=int, help="block sizes",
-                   default=[1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32])
-    p.add_argument("--batches", nargs="+", type=int, default=[1, 8], help="batch sizes")
-    p.add_argument("--prompts", type=int, default=2, help="prompts for each method")
-    p.add_argument("--rounds", type=int, default=3, help="timed repetitions; medians are shown")
-    p.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    p.add_argument("--compile", choices=["auto", "no"], default="auto",
-                   help="torch.compile the step")
-    p.add_argument("--attention", choices=list(ATTENTION), default="efficient",
-                   help="which kernels, on CUDA")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
-    p.add_argument("--out", metavar="FILE", help="write the results as JSON, after every part, "
-                   "and at the end the figure beside it as PNG")
-    return p.parse_args(argv)
+def print_table(rows):
+    """Print dicts with the same keys."""
+    cells = [[f"{v:,.2f}" if isinstance(v, float) else str(v) for v in row.values()]
+             for row in rows]
+    widths = [2 + max(map(len, column)) for column in zip(rows[0], *cells)]
+    for line in (rows[0], *cells):
+        print("".join(cell.rjust(width) for cell, width in zip(line, widths)))
 
 
-def load_size(name, args, device):
-    """The model of a size, a tree for it, prompts, and whether its weights are trained or
-    random."""
+def load(name, args, device):
+    """A model of a size, with random weights, or the trained run; and prompts."""
     torch.manual_seed(0)
-    n = max(args.prompts, 32)  # bench_coupling takes all, the timed texts the first
-    tree, prompts = flat_tree(7), torch.randint(0, 250, (n, PROMPT)).tolist()
-    if name != "toy" or not args.run:
-        with torch.device(device):  # on a GPU a large model is initialised much faster
+    if name in SIZES:
+        with device:  # on a GPU a large model is initialised much faster
             model = MultiTokenGPT(GPT(GPTConfig(**SIZES[name])), HeadsConfig(OFFSETS))
-        return model, tree, prompts, "random"
-    model, state = load_checkpoint(args.run)
-    if not set(OFFSETS) <= set(model.offsets) or model.gpt.config.block_size < LENGTH:
-        raise InputError(f"the benchmark needs a run with offsets {OFFSETS} and a context of "
-                         f"{LENGTH}")
-    tree = load_tree(args.run, model.offsets)[0] or tree
-    prompts = Corpus(state["args"]["data"]).windows("val", n, PROMPT).tolist()
-    return model.to(device), tree, prompts, "trained"
+        prompts = torch.randint(0, 250, (args.prompts, PROMPT))
+    else:
+        model, state = load_model(name)
+        require(model.gpt.config.block_size >= LENGTH + 8, f"{name} has too short a context")
+        prompts = corpus_of(name, model, state, args.data).windows("val", args.prompts, PROMPT)
+    return model.to(device, getattr(torch, args.dtype)).eval(), prompts.tolist()
 
 
 def bench(args):
-    """Measure what the command line asks for, print it and write it after every part. ->
-    results"""
+    """Measure, print and write every part."""
     device = pick_device(args.device)
-    here, compile = environment(device), args.compile == "auto" and can_compile(device)
-    bandwidth = read_bandwidth(device)
-    results = dict(environment=here, dtype=args.dtype, read_bandwidth=bandwidth, sizes={},
-                   command=" ".join(sys.argv), attention=args.attention)
-    decode.ATTENTION = ATTENTION[args.attention]
-    print(f"{here['device_name']}, {args.dtype}, reads {bandwidth / 1e9:,.1f} GB/s, "
-          f"{'compiled' if compile else 'eager'}")
-    steps = dict(latency=len(args.blocks), batches=len(args.batches), generate=7 + args.rounds)
-    for name in args.sizes or list(SIZES)[:3 if device.type == "cuda" else 2]:
-        model, tree, prompts, weights = load_size(name, args, device)
-        parameters = sum(p.numel() for p in model.gpt.parameters())
-        results["sizes"][name] = size = dict(weights=weights, parameters=parameters)
-        model = ready(model, getattr(torch, args.dtype))  # once for all decoders
-        print(f"\n{name}: {parameters / 1e6:.1f}M parameters, {weights} weights")
-        with Progress(total=sum(steps[part] for part in args.parts), desc=name) as bar:
-            for part in args.parts:
-                if part == "latency":
-                    size["latency"] = bench_latency(model, compile, bandwidth, args.blocks, bar)
-                elif part == "batches":
-                    size["batches"] = bench_batches(model, compile, args.batches, bar)
-                else:
-                    size["generate"], size["notes"] = bench_generate(
-                        model, compile, prompts[:args.prompts], tree, args.rounds, bar)
-                    if weights == "trained":  # in float32, where texts are equal
-                        size["coupling"] = bench_coupling(ready(model, torch.float32), prompts)
-                with bar.external_write_mode():
-                    show(part, size)
-                if args.out:  # a later failure loses nothing
-                    write_whole(args.out, json.dumps(results, indent=1) + "\n")
-    return results
+    names = [args.run] if args.run else [*SIZES][:3 if device.type == "cuda" else 2]
+    options = dict(compile=not args.eager and can_compile(device))
+    results = dict(environment=environment(device), args=vars(args), **options)
+    for name in args.sizes or names:
+        model, prompts = load(name, args, device)
+        results[name] = {}
+        for part in args.parts or ["latency" if name in SIZES else "texts"]:
+            print(f"\n{part} of {name}, {args.dtype}", flush=True)
+            if part == "latency":
+                rows = bench_latency(model.gpt, args, options)
+            else:
+                rows = bench_texts(model, prompts, args, options)
+            print_table(rows)
+            results[name][part] = rows
+            write_results(args.out, results)
 
 
 def main(argv=None):
     """Bad input is one line and status 2."""
-    args = parse_args(argv)
-    with one_line_errors("bench_decode.py", memory="--batches or --sizes"):
-        numbers = args.blocks + args.batches + [args.prompts, args.rounds]
-        if min(numbers) < 1 or args.blocks[0] != 1:
-            raise InputError("numbers must be at least 1, and the first block size 1: the others "
-                             "are compared with it")
-        if max(args.blocks) > 256:
-            raise InputError(f"the largest block has 256 tokens, not {max(args.blocks)}")
-        if args.out and Path(args.out).suffix == ".png":
-            raise InputError("--out names the JSON file; the figure is written beside it")
-        check_output("out", args.out)
-        results = bench(args)
-        if args.out and {"latency", "generate"} <= set(args.parts):
-            draw(results, Path(args.out).with_suffix(".png"))
-        print(json.dumps(results))
+    p = Parser(prog="bench_decode.py", description="Benchmark decoding: the latency of a step, "
+               "and whole texts beside transformers.")
+    kinds = ["independent", "sequential"]
+    p.option("run", None, "a trained run, in place of the sizes, which have random weights")
+    p.option("sizes", None, "default: toy 124M, and 1.5B on CUDA", nargs="+", choices=[*SIZES])
+    p.option("parts", None, "what to measure; default: latency of sizes, texts of a run",
+             nargs="+", choices=["latency", "texts"])
+    p.option("methods", [*METHODS], "which", nargs="+", choices=[*METHODS])
+    p.option("heads", kinds, "of latency", nargs="+", choices=kinds)
+    p.option("batches", [1, 8], "batch sizes of latency", nargs="+", type=int, least=1)
+    p.option("data", None, "corpus of the run's prompts; default: the one trained on")
+    p.option("prompts", 2, "texts", least=1)
+    p.option("rounds", 7, "timed repetitions; medians are shown", least=1)
+    p.option("device", "auto", "auto, cpu, cuda, cuda:1, mps")
+    p.option("dtype", "float32", "of the weights", choices=["float32", "bfloat16"])
+    p.option("eager", False, "do not torch.compile the step")
+    p.option("out", None, "write the results as JSON, after every part", metavar="FILE")
+    args = p.parse_args(argv)
+    with one_line_errors("bench_decode.py"):
+        check_output(args.out)
+        bench(args)
 
 
 if __name__ == "__main__":

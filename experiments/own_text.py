@@ -3,10 +3,10 @@
     python experiments/own_text.py runs/ntp data/own
     python train.py --data data/own --init runs/ntp --offsets 1,3,5 --backbone-lr 0 --out runs/own
 
-Heads on a frozen backbone are to predict what that backbone will emit, and that is what this text
-shows. Each document is the beginning of a window
-of the training split, which the model continues to the end of its context. Every twentieth
-document is for validation."""
+Heads on a frozen backbone are to predict what that backbone will emit, and this text shows it.
+Each document is the beginning of a window of the training split, which the model continues to the
+end of its context. Every twentieth document is for validation.
+"""
 import os
 import sys
 from pathlib import Path
@@ -15,45 +15,44 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import Parser, Progress, corpus_of, load_model, one_line_errors, pick_device
+from common import (Parser, can_compile, corpus_of, load_model, one_line_errors, pick_device,
+                    progress_bar)
 from data.loader import Corpus
-from data.prepare import CORPUS_FILES, OWN_TEXT, write_corpus
-from decode import Decoder, can_compile, check_prompts
-from model import InputError
+from data.prepare import CORPUS_FILES, OWN_TEXT, require, write_corpus
+from decode import Decoder
 
 
-def write_own_text(model, corpus, folder, tokens, temperature=1.0, top_k=None, top_p=None, seed=0,
-                   batch_size=32, prompt_tokens=16, dtype=None, compile=False, source="",
-                   progress=True):
-    """Generate about `tokens` tokens after prompts from `corpus` and write them as a corpus.
-    Returns its folder. Raises InputError and CorpusError."""
-    length = model.gpt.config.block_size - prompt_tokens
-    check_prompts([[0] * prompt_tokens], max(1, length), model.gpt.config)
-    sampling = dict(seed=seed, temperature=temperature, top_k=top_k, top_p=top_p)
-    decoder = Decoder(model, dtype=dtype, compile=compile, **sampling)
-    rows, texts = max(20, -(-tokens // length)), []  # at least one for validation
-    prompts = corpus.windows("train", rows, prompt_tokens).tolist()
-    with Progress(None, progress, total=rows * length, desc="generate", unit="token",
+def write_own_text(decoder, corpus, folder, tokens, prompt_tokens=16, source="", progress=True):
+    """Generate about `tokens` tokens after prompts from `corpus`, and write them as a corpus into
+    `folder` once all are there. Raises InputError."""
+    new = decoder.max_length - prompt_tokens
+    count = max(20, -(-tokens // new))  # at least one document for validation
+    prompts = corpus.windows("train", count, prompt_tokens).tolist()
+    decoder.check(prompts, new)
+    batch_size = len(decoder.block)
+    documents = []
+    with progress_bar(None, progress, desc="generate", total=count * new, unit="token",
                   unit_scale=True) as bar:
-        for i in range(0, rows, batch_size):
-            part = prompts[i:i + batch_size]
-            filled = part + part[:1] * (batch_size - len(part))  # one shape, one program
-            texts += decoder.generate(filled, length, first_row=i).tokens[:len(part)]
-            bar.update(len(part) * length)
-    documents = [np.array(p + t, dtype="<u2") for p, t in zip(prompts, texts)]
+        for i in range(0, count, batch_size):
+            batch = prompts[i:i + batch_size]
+            texts = decoder.generate(batch, new, first_row=i).tokens
+            documents += [np.array(p + t, dtype="<u2") for p, t in zip(batch, texts)]
+            bar.update(len(batch) * new)
     splits = dict(train=[d for i, d in enumerate(documents) if i % 20], val=documents[::20])
-    write_corpus(Path(folder), splits, corpus.tokenizer, dict(
-        source=f"{OWN_TEXT}{source}", tokenizer=corpus.meta["tokenizer"], **sampling))
-    return Path(folder)
+    meta = dict(source=f"{OWN_TEXT}{source}", temperature=decoder.temperature,
+                top_k=decoder.top_k, top_p=decoder.top_p, seed=decoder.seed)
+    write_corpus(Path(folder), splits, corpus.tokenizer, meta)
 
 
 def check_folder(folder):
-    """Raise InputError if the folder holds anything but a corpus that a model wrote."""
-    if folder.exists():
-        if not folder.is_dir() or not set(os.listdir(folder)) <= CORPUS_FILES:
-            raise InputError(f"{folder} exists and is not a corpus; choose another folder")
-        if os.listdir(folder) and not Corpus(folder).meta.get("source", "").startswith(OWN_TEXT):
-            raise InputError(f"{folder} is a corpus that no model wrote; choose another folder")
+    """Raise InputError or OSError, before the work, unless a corpus can be written there and
+    replaces nothing but one that a model wrote."""
+    folder.mkdir(parents=True, exist_ok=True)
+    require(os.access(folder, os.W_OK), f"{folder} cannot be written to")
+    files = set(os.listdir(folder))
+    require(files <= CORPUS_FILES, f"{folder} holds more than a corpus; choose another folder")
+    ours = not files or str(Corpus(folder).meta.get("source")).startswith(OWN_TEXT)
+    require(ours, f"no model wrote the corpus in {folder}; choose another folder")
 
 
 def main(argv=None):
@@ -62,34 +61,32 @@ def main(argv=None):
                "training split of its corpus, and write it as a corpus to train heads on.")
     p.add_argument("run", metavar="RUN", help="a run of train.py, or GPT-2 weights")
     p.add_argument("folder", metavar="FOLDER", help="the corpus to write")
-    p.add_argument("--data", help="corpus that gives the prompts; default: the one trained on")
-    p.add_argument("--tokens", type=int, default=1_000_000, help="how much text, about")
-    p.add_argument("--prompt-tokens", type=int, help="length of a prompt; default: at most 16")
-    p.add_argument("--batch-size", type=int, default=32, help="texts written at once")
-    p.add_argument("--temperature", type=float, default=1.0)
-    p.add_argument("--top-k", type=int, help="sample among the k most probable tokens")
-    p.add_argument("--top-p", type=float, help="sample among the best tokens of this probability")
-    p.add_argument("--seed", type=int, default=0, help="of the sampling noise")
-    p.add_argument("--compile", default="auto", choices=["auto", "no"],
-                   help="torch.compile the step")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    p.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    p.option("data", None, "corpus that gives the prompts; default: the one trained on")
+    p.option("tokens", 1_000_000, "how much text, about", least=1)
+    p.option("prompt-tokens", 16, "length of a prompt", least=1)
+    p.option("batch-size", 32, "texts written at once", least=1)
+    p.option("temperature", 1.0, "0 is greedy")
+    p.option("top-k", None, "sample among the k most probable tokens", type=int)
+    p.option("top-p", None, "sample among the best tokens of this probability", type=float)
+    p.option("seed", 0, "of the sampling noise")
+    p.option("device", "auto", "auto, cpu, cuda, cuda:1, mps")
+    p.option("dtype", "float32", "of the weights", choices=["float32", "bfloat16"])
+    p.option("eager", False, "do not torch.compile the step")
     args = p.parse_args(argv)
-    with one_line_errors("own_text.py", memory="--tokens or --batch-size"):
-        if args.tokens < 1 or args.batch_size < 1 or not args.folder:
-            raise InputError("--tokens and --batch-size must be at least 1, FOLDER not empty")
+    with one_line_errors("own_text.py"):
+        require(args.folder, "FOLDER must not be empty")
+        device = pick_device(args.device)
         model, state = load_model(args.run)
-        corpus, device = corpus_of(args.run, model, state, args.data), pick_device(args.device)
-        folder, size = Path(args.folder), model.gpt.config.block_size
-        prompt_tokens = min(16, size // 2) if args.prompt_tokens is None else args.prompt_tokens
-        check_prompts([[0] * prompt_tokens], max(1, size - prompt_tokens), model.gpt.config)
-        check_folder(folder)
-        folder.parent.mkdir(parents=True, exist_ok=True)  # if it cannot be written, fail now
-        write_own_text(model.to(device), corpus, folder, args.tokens, args.temperature, args.top_k,
-                       args.top_p, args.seed, args.batch_size, prompt_tokens,
-                       getattr(torch, args.dtype), args.compile == "auto" and can_compile(device),
-                       args.run)
-        print(f"next: python train.py --data {folder} --init {args.run} --backbone-lr 0 "
+        corpus = corpus_of(args.run, model, state, args.data)
+        context = model.gpt.config.block_size
+        require(args.prompt_tokens < context, f"--prompt-tokens must be less than {context}")
+        check_folder(Path(args.folder))
+        decoder = Decoder(model.to(device), batch_size=args.batch_size, seed=args.seed,
+                          temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
+                          dtype=getattr(torch, args.dtype),
+                          compile=not args.eager and can_compile(device))
+        write_own_text(decoder, corpus, args.folder, args.tokens, args.prompt_tokens, args.run)
+        print(f"next: python train.py --data {args.folder} --init {args.run} --backbone-lr 0 "
               "--out runs/heads")
 
 

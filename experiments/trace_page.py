@@ -12,56 +12,158 @@ import json
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-from common import (Parser, check_output, load_model, one_line_errors, pick_device, tokenizer_of,
-                    write_whole)
-from decode import Decoder, check_prompts, depths, find_methods, method_name, offsets_of
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from common import (Parser, atomic_write, check_output, load_model, one_line_errors, pick_device,
+                    tokenizer_name)
+from data.prepare import get_tokenizer
+from data.prepare import get_tokenizer
+from decode import METHODS, Decoder, default_methods, drafting
+from heads import draft_sources
 
 
-def brackets(tokens, nodes, tokenizer):
+def parts(tokens, tokenizer):
+    """What each token adds to the text. A token may end inside a character."""
+    utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+    return [utf8.decode(tokenizer.decode_single_token_bytes(token)) for token in tokens]
+
+
+def split_steps(tokens, distances):
+    """[(token, distance), ...] for each step. A bonus token, distance 1, ends its step; the last
+    step may be cut short."""
+    steps = [[]]
+    for token, distance in zip(tokens, distances):
+        steps[-1].append((token, distance))
+        if distance == 1:
+            steps.append([])
+    return steps if steps[-1] else steps[:-1]
+
+
+def brackets(tokens, distances, tokenizer):
     """The text with one pair of brackets around the tokens of each step: "[a][b c d]"."""
-    utf8, out, text = codecs.getincrementaldecoder("utf-8")("replace"), [], ""
-    for token, node in zip(tokens, nodes):
-        # A token may end inside a character.
-        text += utf8.decode(tokenizer.decode_single_token_bytes(token))
-        if node == 0:  # the bonus token ends its step
-            out.append(f"[{text}]")
-            text = ""
-    return "".join(out) + (f"[{text}]" if text else "")  # the last step may be cut short
+    steps = split_steps(parts(tokens, tokenizer), distances)
+    return "".join("[" + "".join(part for part, _ in step) + "]" for step in steps)
 
 
-def html_page(title, generation, history, tree, tokenizer, prompt):
-    """A self-contained page of the first text. Tokens are coloured by distance; hovering over one
-    shows where it came from, what else the step drafted, and the tokens per step so far.
+def trace(generation, blocks, sources, tokenizer):
+    """What the page shows of the first text. blocks: N tokens before each step; sources:
+    {distance: (offset, look-back)}, empty if no head drafts"""
+    distances = generation.distances[0]
+    shown = parts(generation.tokens[0], tokenizer)
+    tokens = []
+    steps = []
+    for step, block in zip(split_steps(shown, distances), blocks):
+        tokens += [[part, len(steps), distance] for part, distance in step]
+        accepted = sum(distance > 1 for _, distance in step)
+        alone = tokenizer.decode_tokens_bytes(block)  # each may be a part of a character
+        rejected = [[alone[i].decode("utf-8", "replace"), i + 1]
+                    for i in range(1 + accepted, len(block))]
+        rate = len(tokens) / (len(steps) + 1)
+        steps.append(dict(accepted=accepted, rejected=rejected, rate=rate))
+    N = len(blocks[0])
+    origins = {j: f"distance {j}, by prompt lookup" for j in range(2, N + 1)}
+    for j, (offset, look_back) in sources.items():
+        origins[j] = f"distance {j}, offset {offset}, look-back {look_back}"
+    about = (f"{len(tokens)} tokens in {len(steps)} steps, {rate:.2f} per step; each step is one "
+             f"forward pass of {N} token{'s' * (N > 1)}. Hover over a token.")
+    return dict(about=about, tokens=tokens, steps=steps, origins=origins,
+                back=[j for j, (_, look_back) in sources.items() if look_back])
 
-    history: the root's position and the block before each step, (int, list of N tokens)."""
-    depth, utf8 = depths(tree), codecs.getincrementaldecoder("utf-8")("replace")
 
-    def origin(i):  # distance, offset, look-back, rank
-        return [depth[i] + 1, *tree[i - 1][1:]]
+def html_page(title, prompt, traced):
+    """A page that needs no other file."""
+    data = json.dumps(dict(traced, prompt=prompt)).replace("<", "\\u003c")  # text ends no script
+    return PAGE.replace("{{title}}", html.escape(title)).replace("{{data}}", data)
 
-    def alone(token):  # it may be a part of a character
-        return tokenizer.decode_single_token_bytes(token).decode("utf-8", "replace")
-    tokens, steps, done = [], [], 0
-    roots = [position for position, _ in history] + [len(prompt) + len(generation.tokens[0]) - 1]
-    for (_, block), here, there in zip(history, roots, roots[1:]):
-        nodes = generation.nodes[0][done:done + there - here]
-        for token, i in zip(generation.tokens[0][done:], nodes):
-            part = utf8.decode(tokenizer.decode_single_token_bytes(token))
-            tokens.append([part, len(steps), origin(i) if i else None])
-        done += there - here
-        rejected = [[alone(block[i]), *origin(i)] for i in range(1, len(block)) if i not in nodes]
-        steps.append(dict(accepted=sum(i > 0 for i in nodes), rejected=rejected,
-                          rate=done / (len(steps) + 1)))
-    about = (f"{done} tokens in {len(steps)} steps, {done / len(steps):.2f} per step; each step "
-             f"is one forward pass of {len(depth)} tokens. Hover over a token.")
-    data = dict(tokens=tokens, steps=steps, about=about, prompt=tokenizer.decode(prompt),
-                distances=sorted({d + 1 for d in depth[1:]}),
-                back=any(node.look_back for node in tree))
-    safe = json.dumps(data).replace("<", "\\u003c")  # no text can end the script
-    page = (ROOT / "docs" / "generation.html").read_text()
-    return page.replace("{{title}}", html.escape(title)).replace("{{data}}", safe)
+
+PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<title>{{title}}</title>
+<style>
+:root { color-scheme: light; font: 15px/1.5 system-ui, sans-serif }
+body { max-width: 58rem; margin: 1.5rem auto; padding: 0 1.5rem; color: #222 }
+h1 { font-size: 1.25rem; margin: 0 } p { margin: .2rem 0 .8rem }
+pre { font: 15px/1.65 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere;
+      margin: .8rem 0 1.2rem; border: 1px solid #ccc; border-radius: 6px; padding: .8rem 1rem }
+.prompt { color: #888 } .draft { border-radius: 2px }
+.back { text-decoration: underline; text-underline-offset: 3px }
+.same { box-shadow: inset 0 -4px #d33 }
+.key { padding: 0 .6em; margin-left: .4em; display: inline-block }
+#tip { position: fixed; display: none; padding: .5rem .7rem; font-size: 13px; white-space: pre-wrap;
+       border-radius: 6px; background: #222; color: #eee; pointer-events: none }
+#chart { display: flex; align-items: flex-end; height: 6rem; gap: 1px; position: relative;
+         border-bottom: 1px solid #ccc; border-left: 1px solid #ccc; margin-left: 1.2rem }
+#chart div { flex: 1; min-width: 1px; max-width: 1.5rem }
+#chart span { position: absolute; left: -1rem; font-size: 11px; line-height: 1 }
+</style>
+<h1>{{title}}</h1>
+<p id="about"></p>
+<div id="keys"></div>
+<pre id="text"></pre>
+<p>Drafts accepted in each step, from first to last (the bonus token comes on top):</p>
+<div id="chart"></div> <div id="tip"></div>
+<script>
+const data = {{data}};
+const get = id => document.getElementById(id), tip = get("tip"), spans = [];
+const colour = distance => `hsl(${95 + 38 * Math.min(distance - 2, 6)} 75% 80%)`;
+
+function add(parent, tag, text, className) {
+  const e = document.createElement(tag);
+  parent.append(Object.assign(e, { textContent: text, className }));
+  return e;
+}
+
+function showStep(step, event, lines) {
+  for (const s of spans) s.classList.toggle("same", s.step === step);
+  const { accepted, rate, rejected } = data.steps[step];
+  lines = [...lines, `step ${step + 1}: ${accepted} of ${accepted + rejected.length} drafts ` +
+           `accepted, ${rate.toFixed(2)} tokens per step so far`];
+  if (rejected.length) lines.push("not accepted in this step:");
+  for (const [text, j] of rejected) lines.push(`   ${JSON.stringify(text)}  ${data.origins[j]}`);
+  tip.textContent = lines.join("\\n");
+  tip.style.display = "block";
+  const below = event.clientY + 20 + tip.offsetHeight < innerHeight;
+  tip.style.left = Math.min(event.clientX + 14, innerWidth - tip.offsetWidth - 8) + "px";
+  tip.style.top = event.clientY + (below ? 20 : -10 - tip.offsetHeight) + "px";
+}
+
+function hover(element, step, lines) {
+  element.onmousemove = event => showStep(step, event, lines);
+  element.onmouseleave = () => {
+    tip.style.display = "none";
+    for (const s of spans) s.classList.remove("same");
+  };
+}
+
+get("about").textContent = data.about;
+add(get("keys"), "span", "drafted at distance", "");
+for (const j of Object.keys(data.origins))
+  add(get("keys"), "span", j, "draft key").style.background = colour(j);
+if (data.back.length) add(get("keys"), "span", "underlined: by looking back", "key back");
+add(get("keys"), "span", "plain: a bonus token", "key");
+
+add(get("text"), "span", data.prompt, "prompt");
+for (const [text, step, j] of data.tokens) {
+  const back = data.back.includes(j) ? " back" : "";
+  const e = add(get("text"), "span", text, j > 1 ? "draft" + back : "");
+  if (j > 1) e.style.background = colour(j);
+  e.step = step;
+  spans.push(e);
+  hover(e, step, [`${JSON.stringify(text)}: ${j > 1 ? data.origins[j] : "the bonus token"}`]);
+}
+
+const high = Math.max(1, ...data.steps.map(s => s.accepted));
+for (let k = 0; k <= high; k++)
+  add(get("chart"), "span", k, "").style.bottom = `calc(${100 * k / high}% - .3rem)`;
+data.steps.forEach((s, i) => {
+  const bar = add(get("chart"), "div", "", "");
+  bar.style.height = `calc(${100 * s.accepted / high}% + 2px)`;
+  bar.style.background = s.accepted ? colour(s.accepted + 1) : "#999";
+  hover(bar, i, []);
+});
+</script>
+</html>
+"""
 
 
 def main(argv=None):
@@ -69,33 +171,36 @@ def main(argv=None):
     p = Parser(prog="trace_page.py", description="Generate a text and show which tokens were "
                "drafted, and from where.")
     p.add_argument("run", metavar="RUN", help="a run of train.py, or GPT-2 weights")
-    p.add_argument("--prompt", default="def ", metavar="TEXT", help="the text to continue")
-    p.add_argument("--method", metavar="OFFSETS", help="offsets or \"tree\"; default: the tree if "
-                   "there is one, else all offsets")
-    p.add_argument("--new-tokens", type=int, default=192, help="tokens to write, at most")
-    p.add_argument("--temperature", type=float, default=1.0, help="0: greedy")
-    p.add_argument("--seed", type=int, default=0, help="of the sampling noise")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    p.add_argument("--html", metavar="FILE", help="also write a page to look at")
+    p.option("prompt", "def ", "the text to continue", metavar="TEXT")
+    p.option("method", None, "as in decode.py; default: all offsets, or lookup without heads")
+    p.option("new-tokens", 192, "tokens to write, at most", least=1)
+    p.option("temperature", 1.0, "0 is greedy")
+    p.option("seed", 0, "of the sampling noise")
+    p.option("device", "auto", "auto, cpu, cuda, cuda:1, mps")
+    p.option("html", None, "also write a page to look at", metavar="FILE")
     args = p.parse_args(argv)
-    with one_line_errors("trace_page.py", memory="--new-tokens"):
-        check_output("html", args.html)
+    with one_line_errors("trace_page.py"):
+        check_output(args.html)
         model, state = load_model(args.run)
-        tokenizer, history = tokenizer_of(args.run, model, state), []
-        tree = find_methods(args.run, model, args.method and [args.method])[-1]
+        tokenizer = get_tokenizer(tokenizer_name(model, state))
+        default = "lookup" if model.offsets == (1,) else default_methods(model.offsets)[-1]
+        method = args.method or default
+        options = drafting(method, model.offsets)
         prompt = tokenizer.encode_ordinary(args.prompt)
         n = min(args.new_tokens, max(1, model.gpt.config.block_size - len(prompt)))
-        check_prompts([prompt], n, model.gpt.config)
-        decoder = Decoder(model.to(pick_device(args.device)), tree=tree,
-                          temperature=args.temperature, seed=args.seed)
-        g = decoder.generate([prompt], n, tokenizer.eot_token, on_step=lambda s: history.append(
-            (int(s.position[0]), s.block[0].tolist())))
-        offsets = ",".join(map(str, offsets_of(tree)))
-        title = f"{method_name(tree)} {offsets}, temperature {args.temperature:g}"
+        decoder = Decoder(model.to(pick_device(args.device)), temperature=args.temperature,
+                          seed=args.seed, **options)
+        blocks = []
+        g = decoder.generate([prompt], n, tokenizer.eot_token,
+                             on_step=lambda: blocks.append(decoder.block[0].tolist()))
+        words = dict.fromkeys([METHODS.get(method, "all offsets"), method])  # "lookup" is both
+        title = f"{' '.join(words)}, temperature {args.temperature:g}"
         print(f"{title}: {g.tokens_per_step:.2f} tokens per step, one step per bracket\n")
-        print(args.prompt + brackets(g.tokens[0], g.nodes[0], tokenizer))
+        print(args.prompt + brackets(g.tokens[0], g.distances[0], tokenizer))
         if args.html:
-            write_whole(args.html, html_page(title, g, history[:-1], tree, tokenizer, prompt))
+            traced = trace(g, blocks, draft_sources(options["offsets"]), tokenizer)
+            with atomic_write(args.html) as f:
+                f.write(html_page(title, args.prompt, traced).encode())
             print(f"\nwritten to {args.html}")
 
 

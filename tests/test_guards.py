@@ -1,0 +1,314 @@
+"""Bad input is one line that says what to do, and nothing is lost."""
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from common import load_checkpoint, save_checkpoint
+from conftest import ROOT, TINY, assert_one_line_error, command, process, tiny_gpt, tiny_model
+from data import prepare
+from data.loader import Corpus
+from data.prepare import InputError
+from decode import Decoder, compare, drafting
+from heads import HeadsConfig, check_offsets, parse_offsets
+from marginalize import evaluation_positions, marginalize
+from model import GPT
+from test_model import save_gpt2
+from test_train import records
+
+# ----------------------------------------------------------------------------------------------
+# Data
+
+@pytest.fixture
+def notes(tmp_path, monkeypatch):
+    """The current folder, which has texts and a corpus of an earlier version."""
+    monkeypatch.chdir(tmp_path)
+    for text in (b"good\n", b"other\n", b"latin1\xe9"):
+        (tmp_path / f"{text[:-1].decode()}.txt").write_bytes(text * 99)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "one.txt").write_text("1")
+    meta = prepare.prepare("good.txt", out="corpus") / "meta.json"
+    meta.write_text(meta.read_text().replace("}", ', "text_sha256": "00"}'))
+    return tmp_path
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ("nowhere.txt", "no UTF-8 text in "), ("latin1.txt", "no UTF-8 text in "), ("data", "empty"),
+    ("good.txt other.txt", "unrecognized arguments"), ("good.txt --val-fraction 1.5", "1.5"),
+    ("good.txt --tokenizer words", "use bytes or gpt2"), ("good.txt --seed x", "int"),
+    ("other.txt --out corpus", "--out, or replace the corpus with --force"),
+    ("good.txt --out corpus --seed 1", "--force"), ("good.txt --out good.txt", "good.txt"),
+    ("good.txt --out data --force", "more than a corpus"), ("shakespeare", "try again")])
+def test_bad_arguments_of_prepare_change_nothing(notes, monkeypatch, arguments, message):
+    monkeypatch.setattr(prepare, "ROOT", notes)
+    monkeypatch.setattr(prepare, "URL", (notes / "nowhere").as_uri())
+    before = {path: path.stat().st_mtime_ns for path in notes.rglob("*.*")}
+    assert_one_line_error(command("data/prepare.py", *arguments.split()), "error: ", message)
+    assert {path: path.stat().st_mtime_ns for path in notes.rglob("*.*")} == before
+
+
+def test_gpt2_without_its_files_and_a_network_says_what_to_do(notes, monkeypatch):
+    monkeypatch.setattr("tiktoken.get_encoding", lambda name: open("nothing"))
+    result = command("data/prepare.py", "good.txt", "--out", "n", "--tokenizer", "gpt2")
+    assert_one_line_error(result, "TIKTOKEN_CACHE_DIR", "or use bytes")
+
+
+def test_a_corpus_is_replaced_only_when_that_is_asked_for(notes, monkeypatch):
+    make = ["data/prepare.py", "good.txt", "--out", "corpus"]
+    (notes / "good.txt").write_text("new\n" * 99)
+    mapped = Corpus("corpus").train
+    assert Corpus("corpus").meta["source"] == str(notes / "good.txt")  # from wherever it is called
+    assert "already there" in command(*make).stdout and len(Corpus("corpus").train) == 447
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "encode", lambda *_: signal.raise_signal(signal.SIGINT))
+        result = command(*make, "--force")
+    assert (result.returncode, result.stderr) == (130, "prepare.py: interrupted\n")
+    assert "357 train" in command(*make).stdout  # half a corpus is none
+    assert bytes(mapped[:4].tolist()) == b"good"  # a training that reads the old one goes on
+
+
+def test_a_full_disk_is_one_line(notes):
+    resource = pytest.importorskip("resource")
+    result = subprocess.run(
+        [sys.executable, "data/prepare.py", notes / "good.txt", "--out", notes / "n"], cwd=ROOT,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100)),
+        capture_output=True, text=True)
+    assert_one_line_error(result, "prepare.py: error: ", "File too large")
+
+
+def test_output_that_cannot_be_shown_or_that_nobody_reads_is_no_error(notes, monkeypatch):
+    arguments = ["data/prepare.py", notes / "good.txt", "--out", notes / "naïve"]
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    result = process(*arguments)
+    assert (result.stdout.count("na?ve"), result.stderr) == (2, "")
+    reader, writer = os.pipe()
+    os.close(reader)
+    result = subprocess.run([sys.executable, *arguments], cwd=ROOT, stdout=writer, stderr=-1)
+    os.close(writer)
+    assert (result.returncode, result.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize("name, old, new", [
+    ("meta.json", b"}", b""), ("meta.json", b"tokenizer", b"tokeniser"),
+    ("meta.json", b'"bytes"', b'"words"'), ("meta.json", b"val_tokens", b"tokens"),
+    ("train.bin", b"g\0", b""), ("val.bin", b"g\0", b"g"), ("val.bin", b"g\0", b"\1\1")])
+def test_a_damaged_corpus_is_an_error(notes, name, old, new):
+    path = notes / "corpus" / name
+    path.write_bytes(path.read_bytes().replace(old, new))
+    with pytest.raises(prepare.InputError, match="--force"):
+        Corpus("corpus")
+
+
+# ----------------------------------------------------------------------------------------------
+# Models, heads, training
+
+@pytest.mark.parametrize("make, message", [
+    (lambda: tiny_gpt()(torch.zeros(1, 65, dtype=torch.long)), "65 tokens .* context of 64"),
+    (lambda: tiny_gpt(n_embd=31), "multiple of n_head 2"),
+    (lambda: tiny_gpt(n_layer=0), "positive"), (lambda: tiny_gpt(dropout=1.0), "dropout"),
+    *[(lambda o=o: parse_offsets(o), "start with 1") for o in ("", "2,3", "1,1", "1,3,2", "1,x")],
+    (lambda: check_offsets((1, 9), available=(1, 2)), "no head for offset .9"),
+    (lambda: HeadsConfig(kind="magic"), "resblock"), (lambda: HeadsConfig(n_layer=0), "layer"),
+    (lambda: tiny_model((1, 65)), "beyond the model's context of 64"),
+    (lambda: GPT.from_pretrained("no/such"), "there is no file no/such"),
+    (lambda: load_checkpoint("no/such"), "no checkpoint at no/such")])
+def test_what_cannot_be_is_an_error(make, message):
+    with pytest.raises(InputError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("config, message", [
+    ("{", "config.json"), ("[]", "config.json"), ('{"model_type": "llama"}', "model_type"),
+    ('{"model_type": "gpt2", "activation_function": "relu"}', "activation_function"),
+    ('{"model_type": "gpt2", "activation_function": "gelu_new"}', "n_head"),
+    ('{"model_type": "gpt2", "activation_function": "gelu_new", "n_head": 3}', "n_head 3")])
+def test_a_damaged_or_foreign_config_is_an_error(config, message, tmp_path):
+    save_gpt2(tiny_gpt(), tmp_path)
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(InputError, match=message):
+        GPT.from_pretrained(tmp_path)
+
+
+def test_a_damaged_or_foreign_checkpoint_is_an_error(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(path, tiny_model((1, 2, 3)))
+    state = torch.load(path)
+    for change in (dict(gpt_config=None), dict(model={}), dict(heads_config=dict(offsets=(1, 9)))):
+        torch.save(state | change, path)
+        with pytest.raises(InputError, match=f"{path} is not a checkpoint of this train.py"):
+            load_checkpoint(path)
+    os.truncate(path, 5000)
+    with pytest.raises(InputError, match=f"{path} is damaged"):
+        load_checkpoint(path)
+
+
+def test_loading_never_runs_code_from_a_file(tmp_path):
+    class Attack:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "owned"), "w"))
+    files = {"checkpoint.pt": load_checkpoint, "pytorch_model.bin": GPT.from_pretrained}
+    for name, load in files.items():
+        torch.save(dict(model=Attack()), tmp_path / name)
+        with pytest.raises(InputError, match="is damaged"):
+            load(tmp_path)
+    assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.slow
+def test_nobody_ever_sees_a_half_written_checkpoint(tmp_path):
+    model = tiny_model(n_embd=256)
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(path, model)
+    whole = path.stat().st_size
+    child = os.fork()
+    if child == 0:
+        for _ in range(20):
+            save_checkpoint(path, model)
+        os._exit(0)
+    while os.waitpid(child, os.WNOHANG) == (0, 0):  # what a kill at this moment would leave
+        assert path.stat().st_size == whole
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_leaves_the_previous_checkpoint(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(path, tiny_model())
+    before = path.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, hard))  # of any file
+    try:
+        with pytest.raises(OSError, match="cannot save .*; what was there stays"):
+            save_checkpoint(path, tiny_model(seed=1))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["checkpoint.pt"]
+
+
+@pytest.mark.parametrize("options, words", [
+    ("--data no/such/corpus", "no/such/corpus prepare.py"), ("--offsets 2,3", "start with 1"),
+    ("--n-embd 31", "n_head"), ("--n-embd 1000000000 --n-head 1", "memory"),
+    ("--block-size 90000", "90001"), ("--device tpu", "not available"), ("--steps 0", "--steps"),
+    ("--lr nan", "--lr"), ("--init no/such", "--init has a shape"), ("--out README.md", "--out"),
+    ("--backbone-lr 0", "untrained"), ("--backbone-lr 0 --offsets 1", "heads must train")])
+def test_bad_options_are_one_line(options, words, corpus, tmp_path):
+    result = command("train.py", "--data", corpus, "--out", tmp_path, *TINY, *options.split())
+    assert_one_line_error(result, *words.split())
+    assert not os.listdir(tmp_path)
+
+
+def test_a_run_is_overwritten_only_on_demand_and_then_leaves_nothing_behind(corpus, tmp_path):
+    options = ["--data", corpus, "--out", tmp_path, *TINY, "--log-every", 1, "--steps"]
+    assert command("train.py", *options, 3).returncode == 0
+    assert_one_line_error(command("train.py", *options, 2), "already holds a run", "--resume")
+    assert command("train.py", *options, 2, "--overwrite").returncode == 0
+    assert [record["step"] for record in records(tmp_path, "loss")] == [1, 2]
+
+
+def test_what_would_be_another_run_is_not_resumed(run_folder, tmp_path):
+    other = prepare.prepare(str(ROOT / "README.md"), out=tmp_path / "other")
+    run = shutil.copytree(run_folder, tmp_path / "run")
+    for options, words in ((["--seed", 1], "--seed --init"), (["--data", other], "the corpus")):
+        result = command("train.py", "--resume", run, "--steps", 121, *options)
+        assert_one_line_error(result, *words.split())
+        assert not records(run, "changed")
+    save_checkpoint(run / "checkpoint.pt", tiny_model())
+    assert_one_line_error(command("train.py", "--resume", run), "no run to resume")
+    result = command("train.py", "--init", run, "--data", other, "--out", tmp_path / "new")
+    assert_one_line_error(result, "gpt2")  # 31 token ids cannot be bytes
+
+
+# ----------------------------------------------------------------------------------------------
+# Decoding, marginalisation
+
+@pytest.mark.parametrize("options, message", [
+    (dict(offsets=(1, 6)), "no head for offset .6"), (dict(offsets=(2, 3)), "start with 1"),
+    (dict(offsets=(1, 3, 2)), "increase"), (dict(max_length=65), "max_length"),
+    (dict(temperature=-1), "temperature"),
+    (dict(temperature=float("inf")), "temperature"), (dict(top_k=0), "top_k"),
+    (dict(top_p=0), "top_p"), (dict(top_p=1.5), "top_p")])
+def test_an_impossible_decoder_raises_an_error(options, message):
+    with pytest.raises(InputError, match=message):
+        Decoder(tiny_model(), **options)
+
+
+@pytest.mark.parametrize("prompts, new_tokens, message", [
+    ([], 5, "no prompt"), ([[1], []], 5, "empty"), ([[1, 31]], 5, "outside 0..30"),
+    ([[-1]], 5, "outside"), ([[1]], 0, "1 prompt tokens and 0 new"),
+    ([[1], [1] * 60], 5, "60 prompt tokens and 5 new ones do not fit into a length of 64")])
+def test_a_prompt_that_cannot_be_continued_raises_an_error(prompts, new_tokens, message):
+    with pytest.raises(InputError, match=message):
+        Decoder(tiny_model()).generate(prompts, new_tokens)
+
+
+@pytest.mark.parametrize("method", ["one", "1,", "2,3", "1,6"])
+def test_a_method_that_the_model_does_not_have_raises_an_error(method):
+    with pytest.raises(InputError, match="offset"):
+        drafting(method, (1, 2, 3))
+
+
+@pytest.mark.parametrize("horizon, branches, message", [
+    (0, 1, "at least 1"), (2, 0, "at least 1"), (12, 1, "horizon of 12 .* context of 16")])
+def test_an_impossible_look_ahead_raises_an_error(horizon, branches, message):
+    idx = torch.zeros(1, 6, dtype=torch.long)
+    with pytest.raises(InputError, match=message):
+        marginalize(tiny_gpt(block_size=16), idx, horizon, branches)
+
+
+def test_what_stands_after_the_position_must_fit_the_context_as_well():
+    with pytest.raises(InputError, match="17 tokens"):
+        marginalize(tiny_gpt(block_size=16), torch.zeros(1, 17, dtype=torch.long), 2, 1,
+                    torch.tensor([[3]]))
+
+
+@pytest.mark.parametrize("options, message", [
+    (dict(horizon=17), "horizon of 1 to 16"), (dict(horizon=0), "horizon"),
+    (dict(n_positions=0), "position"), (dict(n_windows=1), "--windows"),
+    (dict(block_size=2000), "held-out tokens")])
+def test_too_little_text_to_measure_raises_an_error(options, message, corpus):
+    possible = dict(block_size=32, horizon=4, n_windows=9, n_positions=2)
+    with pytest.raises(InputError, match=message):
+        evaluation_positions(Corpus(corpus), **{**possible, **options})
+
+
+@pytest.mark.parametrize("script, options, words", [
+    *(("decode.py", options, words) for options, words in [
+        ("--new-tokens 0", "--new-tokens"),
+        ("--methods 1,6", "no head"), ("--methods one", "offsets"), ("--data no/such", "no/such"),
+        ("--temperature -1", "temperature"), ("--top-p 3", "top_p"), ("--top-k 0", "--top-k"),
+        ("--device tpu", "tpu"), ("--prompts 0", "--prompts"), ("--batch-size 0", "--batch-size"),
+        ("--rounds 0", "--rounds"), ("--prompt-tokens 0", "--prompt-tokens"),
+        ("--out no/such/x.json", "no/such"),
+        ("--out tests", "folder"), ("--new-tokens abc", "--new-tokens"),
+        ("--nonsense", "--nonsense"), ("--prompt=", "empty"),
+        ("--prompt x --methods 1 1,2", "one of --methods"),
+        ("--prompt " + 32 * "x", "32 prompt tokens")]),
+    *(("decode.py", f"--prompt x --{option}", f"--{option.split()[0]} does not go with --prompt")
+      for option in ("data x", "prompts 2", "prompt-tokens 2", "batch-size 2", "rounds 2", "eager",
+                     "out x.json")),
+    *(("marginalize.py", options, words) for options, words in [
+        ("--horizon 0", "horizon"), ("--horizon 17", "horizon"), ("--branches 0", "branches"),
+        ("--windows 0", "--windows"), ("--windows 1", "--windows"), ("--positions 0", "position"),
+        ("--data nowhere", "nowhere"), ("--device tpu", "tpu"), ("--horizon x", "--horizon"),
+        ("--out no/such/x.json", "no/such"), ("--out tests", "folder")])])
+def test_bad_options_are_one_line_before_any_work(script, options, words, run_folder):
+    result = command(script, run_folder, *options.split())
+    assert_one_line_error(result, words)
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize("script", ["decode.py", "marginalize.py"])
+def test_a_missing_or_foreign_run_is_one_line(script, run_folder, corpus, tmp_path):
+    assert_one_line_error(command(script, tmp_path / "nothing"), "no checkpoint", "train.py")
+    assert_one_line_error(command(script, corpus / "meta.json"), "damaged")
+    torch.save({"weights": torch.zeros(2)}, tmp_path / "foreign.pt")
+    assert_one_line_error(command(script, tmp_path / "foreign.pt"), "not a checkpoint")
+    model, state = load_checkpoint(run_folder)
+    for key in ("gpt_config", "heads_config"):
+        state.pop(key)
+    save_checkpoint(tmp_path / "checkpoint.pt", model, **{**state, "tokenizer": "gpt2"})
+    assert_one_line_error(command(script, tmp_path, "--data", corpus), "gpt2 token")
