@@ -15,8 +15,8 @@ before it. At temperature T the target is argmax(logits + T * noise), and the Gu
 fixed function of (seed, row, position, token): an exact sample of softmax(logits / T), however
 many tokens are verified at once. NTP is the same code with a block of one.
 
-From the top: the idea, picking a token, prompt lookup, the decoder, compiling its step, real text,
-comparing methods, the command line.
+From the top: the idea, picking a token, the decoder, compiling its step, real text, comparing
+methods, streaming one text, the command line.
 """
 import codecs
 import copy
@@ -35,7 +35,8 @@ import torch
 from common import (Parser, can_compile, check_output, corpus_of, environment, load_model,
                     one_line_errors, pick_device, progress_bar, tokenizer_name, write_results)
 from data.prepare import get_tokenizer, require
-from heads import DraftHeads, MultiTokenGPT, check_offsets, draft_sources, parse_offsets
+from heads import (DraftHeads, MultiTokenGPT, check_offsets, draft_sources, look_up,
+                   parse_offsets)
 from model import causal_mask, empty_cache
 
 # On CUDA a block must be computed nearly as a single token is: sum 16-bit products in float32, and
@@ -112,30 +113,6 @@ def filter_logits(logits, temperature, top_k=None, top_p=None):
             high = torch.where(enough, high, middle)
         logits = logits.masked_fill(probs < low, -math.inf)
     return logits
-
-
-# ----------------------------------------------------------------------------------------------
-# Prompt lookup: drafts without heads
-
-def look_up(tokens, position, n_drafts, longest=3):
-    """What followed the latest earlier occurrence of the newest tokens of a text.
-
-    tokens (B, S) int64, of which those up to `position` (B,) are the text -> drafts (B, n_drafts).
-    A longer match, of up to `longest` tokens, is better than a later one. From a match that is
-    nearer than n_drafts, the text is taken to go round in circles."""
-    S = tokens.shape[1]
-    slot = torch.arange(S, device=tokens.device)
-    root = position[:, None]
-    same = slot < root  # (B, S)
-    score = torch.where(same, slot, -1)
-    for i in range(longest):
-        newest = tokens.gather(1, (root - i).clamp(min=0))  # (B, 1)
-        same = same & (slot >= i) & (tokens.roll(i, 1) == newest)
-        score = score + S * same
-    match = score.argmax(1, keepdim=True)  # (B, 1)
-    period = (root - match).clamp(min=1)
-    i = torch.arange(n_drafts, device=tokens.device)
-    return tokens.gather(1, match + 1 + i % period)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -492,7 +469,8 @@ def real_text_steps(accepted, prompt_tokens=16):
 # ----------------------------------------------------------------------------------------------
 # Comparing methods
 
-METHODS = {"1": "NTP", "lookup": "lookup", "1,2": "MTP", "1,2,3,4": "MTP", "1,3,5,7": "leap"}
+METHODS = {"1": "NTP", "lookup": "lookup", "1,2": "MTP", "1,2,3,4": "MTP", "1,3,5,7": "leap",
+           "1,2,3,4,5,7": "all"}
 
 
 def default_methods(offsets):
@@ -546,7 +524,7 @@ def print_table(records):
           f"  {'text':11}accepted at distance 2, 3, ...")
     for r in records:
         accepted = " ".join(f"{fraction:4.0%}" for fraction in r["accepted"].values())
-        print(f"{METHODS.get(r['method'], 'mixed'):8}{r['method']:14}{r['tokens_per_step']:11.2f}"
+        print(f"{METHODS.get(r['method'], ''):8}{r['method']:14}{r['tokens_per_step']:11.2f}"
               f"{r['step_cost']:11.2f}{r['speedup']:8.2f}x{r['tokens_per_second']:10,.0f}  "
               f"{'identical' if r['identical'] else 'DIFFERS':11}{accepted}")
 
@@ -556,8 +534,8 @@ def report(model, state, args):
     device = pick_device(args.device)
     context = model.gpt.config.block_size
     corpus = corpus_of(args.run, model, state, args.data)
-    length = min(args.prompt_tokens, max(1, context // 4))
-    n = min(args.new_tokens, context - length)
+    length = args.prompt_tokens or max(1, min(64, context // 4))
+    n = args.new_tokens or max(1, min(192, context - length))
     prompts = corpus.windows("val", args.prompts, length).tolist()
     windows = corpus.windows("val", max(1, min(32, 2 ** 15 // context)), context).to(device)
     methods = list(dict.fromkeys(["1", *(args.methods or default_methods(model.offsets))]))
@@ -584,7 +562,7 @@ def report(model, state, args):
     for method, sources in draftings.items():
         steps = real_text_steps(accepted_drafts(model, windows=windows, **sources))
         results["real text"][method] = steps.tokens_per_step
-        print(f"{METHODS.get(method, 'mixed'):8}{method:14}{steps.tokens_per_step:11.2f}")
+        print(f"{METHODS.get(method, ''):8}{method:14}{steps.tokens_per_step:11.2f}")
     write_results(args.out, results)
 
 
@@ -609,11 +587,11 @@ def stream(model, state, args):
     plain = model.offsets == (1,)  # without heads, draft by prompt lookup
     method = (args.methods or ["lookup" if plain else default_methods(model.offsets)[-1]])[0]
     prompt = tokenizer.encode_ordinary(args.prompt)
-    n = max(1, min(args.new_tokens, model.gpt.config.block_size - len(prompt)))
+    n = args.new_tokens or max(1, min(192, model.gpt.config.block_size - len(prompt)))
     decoder = Decoder(model.to(device), temperature=args.temperature, top_k=args.top_k,
                       top_p=args.top_p, seed=args.seed, dtype=getattr(torch, args.dtype),
                       **drafting(method, model.offsets))
-    color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    color = sys.stdout and sys.stdout.isatty() and "NO_COLOR" not in os.environ
     utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # a token may end inside a character
     shown = 0
 
@@ -651,14 +629,14 @@ def make_parser():
     p.option("top-k", None, "sample among the k most probable tokens", type=int, least=1)
     p.option("top-p", None, "sample among the best tokens of this probability", type=float)
     p.option("seed", 0, "of the sampling noise")
-    p.option("new-tokens", 192, "how many to write, at most as the context allows", least=1)
+    p.option("new-tokens", None, "how many to write; default: at most 192", type=int, least=1)
     p.option("device", "auto", "auto, cpu, cuda, cuda:1, mps")
     p.option("dtype", "float32", "in bfloat16 near-ties may fall another way: "
              "experiments/rounding.py", choices=["float32", "bfloat16"])
     p.group = p.add_argument_group("to compare")
     p.option("data", None, "corpus of the held-out prompts; default: the one trained on")
     p.option("prompts", 32, "how many", least=1)
-    p.option("prompt-tokens", 64, "their length, at most a quarter of the context", least=1)
+    p.option("prompt-tokens", None, "their length; default: at most 64", type=int, least=1)
     p.option("batch-size", 1, "prompts decoded at once", least=1)
     p.option("rounds", 5, "timed repetitions; medians are shown", least=1)
     p.option("eager", False, "do not torch.compile the step")

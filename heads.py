@@ -9,8 +9,8 @@ The one idea is *offsets*. From the hidden state after x_1..x_t, offset o predic
 Offset 1 is always the GPT's own unembedding; each further offset gets a head. Adding heads to a
 frozen GPT therefore never changes its next-token prediction.
 
-From the top: offsets and draft sources, the heads, the model that holds them, the joint loss, the
-heads as a decoder runs them.
+From the top: offsets, draft sources and prompt lookup, the heads, the model that holds them, the
+joint loss, the heads as a decoder runs them.
 """
 import math
 from dataclasses import dataclass
@@ -61,6 +61,28 @@ def draft_sources(offsets):
         nearest = min(o for o in offsets if o >= j)
         sources[j] = (nearest, nearest - j)
     return sources
+
+
+def look_up(tokens, position, n_drafts, longest=3):
+    """Prompt lookup, drafts without heads: what followed the latest earlier occurrence of the
+    newest tokens of a text.
+
+    tokens (B, S) int64, of which those up to `position` (B,) are the text -> drafts (B, n_drafts).
+    A longer match, of up to `longest` tokens, is better than a later one. From a match that is
+    nearer than n_drafts, the text is taken to go round in circles."""
+    S = tokens.shape[1]
+    slot = torch.arange(S, device=tokens.device)
+    root = position[:, None]
+    same = slot < root  # (B, S)
+    score = torch.where(same, slot, -1)
+    for i in range(longest):
+        newest = tokens.gather(1, (root - i).clamp(min=0))  # (B, 1)
+        same = same & (slot >= i) & (tokens.roll(i, 1) == newest)
+        score = score + S * same
+    match = score.argmax(1, keepdim=True)  # (B, 1)
+    period = (root - match).clamp(min=1)
+    i = torch.arange(n_drafts, device=tokens.device)
+    return tokens.gather(1, match + 1 + i % period)
 
 
 # ----------------------------------------------------------------------------------------------

@@ -157,21 +157,14 @@ def measure(model, windows, position, horizon, branches, progress=True):
     """How well PREDICTORS do: windows and position from evaluation_positions -> a record for each
     distance and predictor, with the `interval` of top1, top5, nats, mass (the captured mass) and
     top1_gain, over marginalisation position by position."""
-    W, P = position.shape
-    config = model.gpt.config
-    # The largest tensors have these many numbers for a window. A gigabyte of them is enough.
-    size = max(P * branches * max(config.vocab_size, config.block_size + P * branches * horizon),
-               config.block_size * config.vocab_size)
-    size = max(1, 2 ** 26 // size)
-    found = {}  # {(distance, predictor): [(3, windows, P)]}
+    found = {}  # {(distance, predictor): a tensor (3, 1, P) of each window}
     model.eval()
-    with progress_bar(None, progress, total=W, desc="look ahead", unit="window") as bar:
-        for texts, t in zip(windows.split(size), position.split(size)):
-            for name, distance, probs, mass in predictions(model, texts, t, horizon, branches):
-                rank, nats = score(probs, texts.gather(1, t + distance))
-                scores = torch.stack([rank, nats, mass]).cpu()
-                found.setdefault((distance, name), []).append(scores)
-            bar.update(len(texts))
+    one_by_one = list(zip(windows.split(1), position.split(1)))  # each has many branches
+    for text, t in progress_bar(one_by_one, progress, desc="look ahead", unit="window"):
+        for name, distance, probs, mass in predictions(model, text, t, horizon, branches):
+            rank, nats = score(probs, text.gather(1, t + distance))
+            scores = torch.stack([rank, nats, mass]).cpu()
+            found.setdefault((distance, name), []).append(scores)
     scores = {key: torch.cat(parts, dim=1) for key, parts in found.items()}
     records = []
     for distance, name in itertools.product(range(1, horizon + 1), PREDICTORS):

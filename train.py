@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 import signal
+import sys
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -296,7 +297,8 @@ def train(args, model=None, state=None):
                 lr=args.lr * lr_factor(step, args.steps, args.warmup))
             bar.set_postfix(losses, refresh=False)
             if milestone:
-                bar.clear()
+                if sys.stderr.isatty():
+                    bar.clear()
                 validate(args, model, windows, autocast, done, fixed["ntp_before"])
             if milestone or signals:
                 save(done)
@@ -370,8 +372,8 @@ def check_args(args):
     args.device = str(device)
     if args.dtype == "auto":
         args.dtype = "bfloat16" if has_native_bfloat16(device) else "float32"
-    if args.compile:
-        can_compile(device, required=True)
+    require(not args.compile or can_compile(device), "torch.compile does not work here; it needs a "
+            "C++ compiler and Python's headers")
     require(args.backbone_lr or not args.head_warmup,
             "--head-warmup changes nothing while the backbone is frozen")
     require(args.backbone_lr and args.head_warmup < args.steps or args.offsets != (1,),

@@ -29,8 +29,10 @@ class Corpus:
     """
 
     def __init__(self, folder):
-        folder = Path(folder)
-        self.folder = folder.resolve() if folder.exists() else ROOT / "data" / folder
+        inside = ROOT / "data" / folder
+        self.folder = Path(folder).resolve()
+        if inside.exists() and not self.folder.exists():
+            self.folder = inside
         try:
             self.meta = json.loads((self.folder / "meta.json").read_text())
             self.tokenizer = get_tokenizer(self.meta["tokenizer"])

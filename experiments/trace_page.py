@@ -16,7 +16,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import (Parser, atomic_write, check_output, load_model, one_line_errors, pick_device,
                     tokenizer_name)
 from data.prepare import get_tokenizer
-from data.prepare import get_tokenizer
 from decode import METHODS, Decoder, default_methods, drafting
 from heads import draft_sources
 

@@ -107,6 +107,11 @@ def test_a_damaged_corpus_is_an_error(notes, name, old, new):
 # ----------------------------------------------------------------------------------------------
 # Models, heads, training
 
+def look_ahead_from(T, horizon, branches, position=None):
+    idx = torch.zeros(1, T, dtype=torch.long)
+    marginalize(tiny_gpt(block_size=16), idx, horizon, branches, position)
+
+
 @pytest.mark.parametrize("make, message", [
     (lambda: tiny_gpt()(torch.zeros(1, 65, dtype=torch.long)), "65 tokens .* context of 64"),
     (lambda: tiny_gpt(n_embd=31), "multiple of n_head 2"),
@@ -116,7 +121,12 @@ def test_a_damaged_corpus_is_an_error(notes, name, old, new):
     (lambda: HeadsConfig(kind="magic"), "resblock"), (lambda: HeadsConfig(n_layer=0), "layer"),
     (lambda: tiny_model((1, 65)), "beyond the model's context of 64"),
     (lambda: GPT.from_pretrained("no/such"), "there is no file no/such"),
-    (lambda: load_checkpoint("no/such"), "no checkpoint at no/such")])
+    (lambda: load_checkpoint("no/such"), "no checkpoint at no/such"),
+    *[(lambda m=m: drafting(m, (1, 2, 3)), "offset") for m in ("one", "1,", "2,3", "1,6")],
+    (lambda: look_ahead_from(6, 0, 1), "at least 1"),
+    (lambda: look_ahead_from(6, 2, 0), "at least 1"),
+    (lambda: look_ahead_from(6, 12, 1), "horizon of 12 .* context of 16"),
+    (lambda: look_ahead_from(17, 2, 1, torch.tensor([[3]])), "17 tokens")])
 def test_what_cannot_be_is_an_error(make, message):
     with pytest.raises(InputError, match=message):
         make()
@@ -245,26 +255,6 @@ def test_a_prompt_that_cannot_be_continued_raises_an_error(prompts, new_tokens, 
         Decoder(tiny_model()).generate(prompts, new_tokens)
 
 
-@pytest.mark.parametrize("method", ["one", "1,", "2,3", "1,6"])
-def test_a_method_that_the_model_does_not_have_raises_an_error(method):
-    with pytest.raises(InputError, match="offset"):
-        drafting(method, (1, 2, 3))
-
-
-@pytest.mark.parametrize("horizon, branches, message", [
-    (0, 1, "at least 1"), (2, 0, "at least 1"), (12, 1, "horizon of 12 .* context of 16")])
-def test_an_impossible_look_ahead_raises_an_error(horizon, branches, message):
-    idx = torch.zeros(1, 6, dtype=torch.long)
-    with pytest.raises(InputError, match=message):
-        marginalize(tiny_gpt(block_size=16), idx, horizon, branches)
-
-
-def test_what_stands_after_the_position_must_fit_the_context_as_well():
-    with pytest.raises(InputError, match="17 tokens"):
-        marginalize(tiny_gpt(block_size=16), torch.zeros(1, 17, dtype=torch.long), 2, 1,
-                    torch.tensor([[3]]))
-
-
 @pytest.mark.parametrize("options, message", [
     (dict(horizon=17), "horizon of 1 to 16"), (dict(horizon=0), "horizon"),
     (dict(n_positions=0), "position"), (dict(n_windows=1), "--windows"),
@@ -277,15 +267,12 @@ def test_too_little_text_to_measure_raises_an_error(options, message, corpus):
 
 @pytest.mark.parametrize("script, options, words", [
     *(("decode.py", options, words) for options, words in [
-        ("--new-tokens 0", "--new-tokens"),
         ("--methods 1,6", "no head"), ("--methods one", "offsets"), ("--data no/such", "no/such"),
-        ("--temperature -1", "temperature"), ("--top-p 3", "top_p"), ("--top-k 0", "--top-k"),
-        ("--device tpu", "tpu"), ("--prompts 0", "--prompts"), ("--batch-size 0", "--batch-size"),
-        ("--rounds 0", "--rounds"), ("--prompt-tokens 0", "--prompt-tokens"),
-        ("--out no/such/x.json", "no/such"),
-        ("--out tests", "folder"), ("--new-tokens abc", "--new-tokens"),
-        ("--nonsense", "--nonsense"), ("--prompt=", "empty"),
-        ("--prompt x --methods 1 1,2", "one of --methods"),
+        ("--temperature -1", "temperature"), ("--top-p 3", "top_p"), ("--device tpu", "tpu"),
+        ("--prompts 0", "--prompts"), ("--new-tokens abc", "--new-tokens"),
+        ("--out tests", "folder"), ("--prompt x --methods 1 1,2", "one of --methods"),
+        ("--out no/such/x.json", "no/such"), ("--nonsense", "--nonsense"), ("--prompt=", "empty"),
+        ("--prompt-tokens 32", "32 prompt tokens"),
         ("--prompt " + 32 * "x", "32 prompt tokens")]),
     *(("decode.py", f"--prompt x --{option}", f"--{option.split()[0]} does not go with --prompt")
       for option in ("data x", "prompts 2", "prompt-tokens 2", "batch-size 2", "rounds 2", "eager",
