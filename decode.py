@@ -474,7 +474,7 @@ METHODS = {"1": "NTP", "lookup": "lookup", "1,2": "MTP", "1,2,3,4": "MTP", "1,3,
 
 
 def default_methods(offsets):
-    """Those of METHODS that these offsets allow, and last all of the offsets."""
+    """Those of METHODS that these offsets allow, and last the one with all offsets, or lookup."""
     possible = [m for m in METHODS if m == "lookup" or set(parse_offsets(m)) <= set(offsets)]
     return list(dict.fromkeys([*possible, ",".join(map(str, offsets))]))
 
@@ -584,8 +584,7 @@ def stream(model, state, args):
     """Print the continuation of --prompt as it is accepted, until the text ends."""
     tokenizer = get_tokenizer(tokenizer_name(model, state))
     device = pick_device(args.device)
-    plain = model.offsets == (1,)  # without heads, draft by prompt lookup
-    method = (args.methods or ["lookup" if plain else default_methods(model.offsets)[-1]])[0]
+    method = (args.methods or default_methods(model.offsets))[-1]
     prompt = tokenizer.encode_ordinary(args.prompt)
     n = args.new_tokens or max(1, min(192, model.gpt.config.block_size - len(prompt)))
     decoder = Decoder(model.to(device), temperature=args.temperature, top_k=args.top_k,

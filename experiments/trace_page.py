@@ -182,8 +182,7 @@ def main(argv=None):
         check_output(args.html)
         model, state = load_model(args.run)
         tokenizer = get_tokenizer(tokenizer_name(model, state))
-        default = "lookup" if model.offsets == (1,) else default_methods(model.offsets)[-1]
-        method = args.method or default
+        method = args.method or default_methods(model.offsets)[-1]
         options = drafting(method, model.offsets)
         prompt = tokenizer.encode_ordinary(args.prompt)
         n = min(args.new_tokens, max(1, model.gpt.config.block_size - len(prompt)))

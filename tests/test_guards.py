@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from common import load_checkpoint, save_checkpoint
+from common import load_checkpoint, load_model, save_checkpoint, tokenizer_name
 from conftest import ROOT, TINY, assert_one_line_error, command, process, tiny_gpt, tiny_model
 from data import prepare
 from data.loader import Corpus
@@ -299,3 +299,42 @@ def test_a_missing_or_foreign_run_is_one_line(script, run_folder, corpus, tmp_pa
         state.pop(key)
     save_checkpoint(tmp_path / "checkpoint.pt", model, **{**state, "tokenizer": "gpt2"})
     assert_one_line_error(command(script, tmp_path, "--data", corpus), "gpt2 token")
+
+
+# ----------------------------------------------------------------------------------------------
+# The world around: terminals, pipes, compilers, launchers
+
+def test_output_that_cannot_be_shown_is_replaced(run_folder):
+    result = process("marginalize.py", run_folder, "--windows", 2, "--positions", 1, "--horizon", 2,
+                     "--branches", 2, env=dict(PYTHONIOENCODING="ascii"))
+    assert result.returncode == 0, result.stderr
+    assert "t+2" in result.stdout and "?" in result.stdout  # for the plus-minus sign
+
+
+def test_a_closed_pipe_ends_a_program_silently(run_folder):
+    child = subprocess.Popen([sys.executable, "decode.py", run_folder, "--prompt", "def "],
+                             cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    child.stdout.close()
+    assert child.stderr.read() == "" and child.wait(60) != 0
+
+
+def test_without_a_compiler_training_says_so(corpus, tmp_path):
+    result = process("train.py", "--data", corpus, "--out", tmp_path, *TINY, "--compile",
+                     env=dict(CC="false", CXX="false", TORCHINDUCTOR_CACHE_DIR=str(tmp_path)))
+    assert_one_line_error(result, "torch.compile does not work here")
+
+
+def test_the_variables_of_a_launcher_change_nothing(corpus, tmp_path):
+    result = process("train.py", "--data", corpus, "--out", tmp_path, *TINY, "--steps", 1,
+                     env=dict(RANK="1", WORLD_SIZE="2"))
+    assert result.returncode == 0 and "done" in result.stdout, result.stderr
+
+
+def test_a_padded_vocabulary_is_still_that_of_its_tokenizer():
+    assert tokenizer_name(tiny_model(vocab_size=50304), {}) == "gpt2"
+    assert tokenizer_name(tiny_model(vocab_size=257), {}) == "bytes"
+
+
+def test_a_model_to_decode_leaves_the_optimizers_on_the_disk(run_folder):
+    assert "optimizers" in load_checkpoint(run_folder)[1]
+    assert "optimizers" not in load_model(run_folder)[1]
