@@ -304,29 +304,32 @@ def test_a_missing_or_foreign_run_is_one_line(script, run_folder, corpus, tmp_pa
 # ----------------------------------------------------------------------------------------------
 # The world around: terminals, pipes, compilers, launchers
 
-def test_output_that_cannot_be_shown_is_replaced(run_folder):
+def test_a_measurement_is_shown_on_a_terminal_without_its_signs(run_folder, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
     result = process("marginalize.py", run_folder, "--windows", 2, "--positions", 1, "--horizon", 2,
-                     "--branches", 2, env=dict(PYTHONIOENCODING="ascii"))
+                     "--branches", 2)
     assert result.returncode == 0, result.stderr
     assert "t+2" in result.stdout and "?" in result.stdout  # for the plus-minus sign
 
 
-def test_a_closed_pipe_ends_a_program_silently(run_folder):
+def test_a_closed_pipe_ends_a_stream_silently(run_folder):
     child = subprocess.Popen([sys.executable, "decode.py", run_folder, "--prompt", "def "],
                              cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     child.stdout.close()
     assert child.stderr.read() == "" and child.wait(60) != 0
 
 
-def test_without_a_compiler_training_says_so(corpus, tmp_path):
-    result = process("train.py", "--data", corpus, "--out", tmp_path, *TINY, "--compile",
-                     env=dict(CC="false", CXX="false", TORCHINDUCTOR_CACHE_DIR=str(tmp_path)))
+def test_without_a_compiler_training_says_so(corpus, tmp_path, monkeypatch):
+    for name, value in dict(CC="false", CXX="false", TORCHINDUCTOR_CACHE_DIR=tmp_path).items():
+        monkeypatch.setenv(name, str(value))
+    result = process("train.py", "--data", corpus, "--out", tmp_path / "run", *TINY, "--compile")
     assert_one_line_error(result, "torch.compile does not work here")
 
 
-def test_the_variables_of_a_launcher_change_nothing(corpus, tmp_path):
-    result = process("train.py", "--data", corpus, "--out", tmp_path, *TINY, "--steps", 1,
-                     env=dict(RANK="1", WORLD_SIZE="2"))
+def test_the_variables_of_a_launcher_change_nothing(corpus, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = process("train.py", "--data", corpus, "--out", tmp_path, *TINY, "--steps", 1)
     assert result.returncode == 0 and "done" in result.stdout, result.stderr
 
 
