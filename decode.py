@@ -258,16 +258,18 @@ class Decoder:
             i = (n[:, None] - torch.arange(self.W, device=self.device)).clamp(min=0)  # (B, W)
             new = self.heads.alone(h[self.row, i])  # (B, W, H, C or 3C)
             self.z[self.row, (start[:, None] + i) % self.W] = new
-            head, look_back = self.source
+            heads, look_back = self.source
             newest = self.position[:, None] - 1
-            z = self.z[self.row, (newest - look_back) % self.W, head]  # (B, N - 1, C or 3C)
+            z = self.z[self.row, (newest - look_back) % self.W, heads]  # (B, N - 1, C or 3C)
             after = newest + torch.arange(2, self.N + 1, device=self.device)
-            if not self.heads.sequential:
+            if self.heads.sequential:  # one after another: each reads the draft before
+                previous = root
+                for j, head in enumerate(self.head):
+                    logits = self.heads.logits_after(z[:, j:j + 1], head, previous)
+                    previous = self.pick(logits, after[:, j:j + 1], self.vocab)
+                    drafts.append(previous)
+            else:
                 drafts = [self.pick(self.heads.unembed_draft(z), after, self.vocab)]
-            for j in range(self.N - 1) if self.heads.sequential else ():
-                previous = drafts[-1] if drafts else root
-                logits = self.heads.logits_after(z[:, j:j + 1], self.head[j], previous)
-                drafts.append(self.pick(logits, after[:, j:j + 1], self.vocab))
         self.block.copy_(torch.cat([root, *drafts], dim=1))
 
     def pick(self, logits, position, vocab=None):
