@@ -68,21 +68,26 @@ def look_ahead(gpt, idx, position, horizon, branches):
         slots = (row + first + slot[:tokens.shape[1]]).flatten()
         return gpt.hidden_states(tokens, position, cache, slots, visible[:, None])
 
-    h = forward(idx, slot[:T].expand(B, T), 0, (slot <= slot[:T, None]).expand(B, T, S))
+    text = slot[:T]
+    causal = slot <= text[:, None]  # (T, S)
+    h = forward(idx, text.expand(B, T), 0, causal.expand(B, T, S))
     h = h.take_along_dim(position[..., None], 1)[:, :, None]  # (B, P, 1, C): the roots
     seen = (slot <= position[..., None])[:, :, None]  # (B, P, 1, S)
     weight = torch.ones_like(h[..., 0])  # (B, P, 1): a branch's probability
     first = T
     for depth in range(horizon):
         probs = gpt.lm_head(h).softmax(-1)  # (B, P, n, V)
-        yield (weight[:, :, None] @ probs)[:, :, 0], weight.sum(-1)
+        total = weight[:, :, None] @ probs  # (B, P, 1, V)
+        yield total[:, :, 0], weight.sum(-1)
         if depth + 1 == horizon:
             return
         n = width[depth + 1]
-        weight, i = (weight[..., None] * probs).flatten(2).topk(n)  # (B, P, n), i < V * parents
+        joint = (weight[..., None] * probs).flatten(2)  # (B, P, parents * V)
+        weight, i = joint.topk(n)  # (B, P, n)
         token = i % V
+        parent = i // V
         own = (first + slot[:P * n]).view(P, n, 1)
-        seen = seen.take_along_dim((i // V)[..., None], 2)  # what its parent sees,
+        seen = seen.take_along_dim(parent[..., None], 2)  # what its parent sees,
         seen = seen | (slot == own)  # and itself: (B, P, n, S)
         at = (position + depth + 1)[..., None].expand_as(token)
         h = forward(token.flatten(1), at.flatten(1), first, seen.flatten(1, 2))
@@ -95,9 +100,12 @@ def marginalize(gpt, idx, horizon, branches, position=None):
     position (B, P) int64, the same after these positions: (B, P, V) and (B, P).
 
     Exact if branches >= V^(horizon-1). Raises InputError as look_ahead does."""
-    t = torch.full_like(idx[:, :1], idx.shape[1] - 1) if position is None else position
+    last = torch.full_like(idx[:, :1], idx.shape[1] - 1)
+    t = last if position is None else position
     *_, (probs, mass) = look_ahead(gpt, idx, t, horizon, branches)
-    return (probs[:, 0], mass[:, 0]) if position is None else (probs, mass)
+    if position is None:
+        return probs[:, 0], mass[:, 0]
+    return probs, mass
 
 
 # ----------------------------------------------------------------------------------------------
@@ -173,8 +181,12 @@ def measure(model, windows, position, horizon, branches, progress=True):
             best = scores[distance, "marginalisation" if distance > 1 else "model"][0]
             gain = (rank < 1).float() - (best < 1).float()
             records.append(dict(
-                distance=distance, predictor=name, top1=interval(rank < 1),
-                top5=interval(rank < 5), nats=interval(nats), mass=interval(mass),
+                distance=distance,
+                predictor=name,
+                top1=interval(rank < 1),
+                top5=interval(rank < 5),
+                nats=interval(nats),
+                mass=interval(mass),
                 top1_gain=interval(gain)))
     return records
 

@@ -269,9 +269,7 @@ def train(args, model=None, state=None):
                         optimizers=[optimizer.state_dict() for optimizer in optimizers])
 
     out.mkdir(parents=True, exist_ok=True)
-    size = sum(p.numel() for p in model.parameters()) / 1e6
-    print(f"{size:.2f}M parameters, offsets {model.offsets}, on {device}, {args.dtype}; "
-          f"run folder {out}", flush=True)
+    print(f"offsets {model.offsets}, on {device}, {args.dtype}; run folder {out}", flush=True)
     if not state:
         (out / "metrics.jsonl").unlink(missing_ok=True)
         fixed["ntp_before"] = validate(args, model, windows, autocast, 0)
