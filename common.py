@@ -123,7 +123,7 @@ def one_line_errors(script):
         status = 2
     except (RuntimeError, MemoryError) as error:
         text = str(error)
-        if not isinstance(error, MemoryError) and "memory" not in text:
+        if not isinstance(error, MemoryError) and "allocate" not in text:
             raise
         message = f"error: not enough memory for this model, batch or length ({text[:80]!r})"
         status = 2

@@ -349,9 +349,12 @@ class DraftHeads:
     def alone(self, h):
         """What need be computed only where tokens are drafted: h (B, n, ...) from `attend` -> what
         Head.forward returns, of every head, (B, n, H, C or 3C)"""
+        if self.attending:
+            return h
+
         def run_one(parameters):
             return functional_call(self.heads[0], parameters, (h,))
-        return h if self.attending else torch.vmap(run_one, out_dims=2)(self.stacked)
+        return torch.vmap(run_one, out_dims=2)(self.stacked)
 
     def logits_after(self, z, i, previous):
         """z (B, 1, 3C) from `alone`, of the i-th head; previous (B, 1): the token before the one

@@ -374,8 +374,9 @@ def check_args(args):
             "C++ compiler and Python's headers")
     require(args.backbone_lr or not args.head_warmup,
             "--head-warmup changes nothing while the backbone is frozen")
-    require(args.backbone_lr and args.head_warmup < args.steps or args.offsets != (1,),
-            "heads must train while the backbone is frozen; give more --offsets")
+    both_train = args.backbone_lr and not args.head_warmup
+    require(both_train or args.offsets != (1,) and args.head_weight, "heads must train while the "
+            "backbone is frozen; give more --offsets and a --head-weight")
 
 
 def resumed_args(parser, argv, args, state):

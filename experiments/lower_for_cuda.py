@@ -83,6 +83,7 @@ H200 = SimpleNamespace(
 
 
 def always(value):
+    """A function that returns the value, whatever it is asked."""
     return lambda *args, **kwargs: value
 
 
