@@ -21,8 +21,7 @@ from heads import HeadsConfig, MultiTokenGPT
 from model import GPT, GPT2_HEADS, GPTConfig, load_tensors
 
 
-# ----------------------------------------------------------------------------------------------
-# Devices, and what a measurement depends on
+# ---- Devices, and what a measurement depends on ----------------------------------------------
 
 def pick_device(name):
     """"auto", "cpu", "cuda", "cuda:1" or "mps" -> torch.device. Raises InputError."""
@@ -63,8 +62,7 @@ def environment(device):
                 device_name=name, threads=torch.get_num_threads(), date=time.strftime("%Y-%m-%d"))
 
 
-# ----------------------------------------------------------------------------------------------
-# Command lines
+# ---- Command lines ---------------------------------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
     """argparse whose --help shows the defaults and whose errors are one line."""
@@ -91,17 +89,11 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
-    def given(self, argv=None):
-        """The names of the options that the command line holds, whatever their values."""
-        absent = object()
-        names = vars(self.parse_args(argv))
-        found = self.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, absent)))
-        return {name for name, value in vars(found).items() if value is not absent}
-
-    def refuse(self, argv, names, why):
-        """Raise InputError if the command line holds one of these options."""
-        for name in sorted(names & self.given(argv)):
-            raise InputError(f"--{name.replace('_', '-')} {why}")
+    def refuse(self, args, names, why):
+        """Raise InputError if one of these options has not its default."""
+        for name in names:
+            require(getattr(args, name) == self.get_default(name),
+                    f"--{name.replace('_', '-')} {why}")
 
 
 @contextmanager
@@ -146,8 +138,7 @@ def progress_bar(iterable=None, show=True, **options):
     return tqdm(iterable, disable=not show, leave=not terminal, dynamic_ncols=True, **options)
 
 
-# ----------------------------------------------------------------------------------------------
-# Files: results, checkpoints, and the corpus that belongs to a checkpoint
+# ---- Files: results, checkpoints, and the corpus that belongs to a checkpoint ----------------
 
 def check_output(path):
     """Raise InputError, before the work, if the file of --out cannot be written."""

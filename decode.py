@@ -25,8 +25,8 @@ import os
 import statistics
 import sys
 import time
-from contextlib import contextmanager
-from dataclasses import KW_ONLY, dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
 from types import FunctionType
 
@@ -45,8 +45,8 @@ torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 
-# ----------------------------------------------------------------------------------------------
-# The idea: one text, no cache, greedy. Everything below is this, made fast.
+# ---- The idea: one text, no cache, greedy ----------------------------------------------------
+# Everything below is this, made fast.
 
 @torch.no_grad()
 def generate_reference(model, prompt, max_new_tokens, offsets=None):
@@ -75,8 +75,7 @@ def generate_reference(model, prompt, max_new_tokens, offsets=None):
     return text[len(prompt):]
 
 
-# ----------------------------------------------------------------------------------------------
-# Picking a token
+# ---- Picking a token -------------------------------------------------------------------------
 
 def gumbel_noise(seed, row, position, tokens):
     """Gumbel(0, 1) noise, a pure function of (seed, row, position, token).
@@ -104,19 +103,17 @@ def filter_logits(logits, temperature, top_k=None, top_p=None):
     if top_p is not None:
         best = logits.amax(-1, keepdim=True)
         probs = ((logits - best) / temperature).softmax(-1)
-        high = probs.amax(-1, keepdim=True)  # (..., 1)
-        low = torch.zeros_like(high)  # the least probability that is kept, found by bisection,
-        for _ in range(24):           # which needs no sort and no cumulative sum
-            middle = (low + high) / 2
-            enough = torch.where(probs >= middle, probs, 0).sum(-1, keepdim=True) >= top_p
-            low = torch.where(enough, middle, low)
-            high = torch.where(enough, high, middle)
-        logits = logits.masked_fill(probs < low, -math.inf)
+        step = probs.amax(-1, keepdim=True)  # (..., 1)
+        least = torch.zeros_like(step)  # the least probability that is kept, found by bisection,
+        for _ in range(24):             # which needs no sort and no cumulative sum
+            step = step / 2
+            kept = torch.where(probs >= least + step, probs, 0).sum(-1, keepdim=True)
+            least = least + step * (kept >= top_p)
+        logits = logits.masked_fill(probs < least, -math.inf)
     return logits
 
 
-# ----------------------------------------------------------------------------------------------
-# The decoder
+# ---- The decoder -----------------------------------------------------------------------------
 
 @dataclass
 class Generation:
@@ -161,6 +158,8 @@ class Decoder:
     dtype: torch.dtype = None   # decode with a copy of the model in, say, torch.bfloat16
     compile: bool = False       # torch.compile the step, on CUDA replayed as one graph
     max_length: int = None      # of a text; None: the context (a smaller cache is faster)
+    rows: int = 1               # pad a block to so many tokens: in 16 bits, blocks round alike if
+    # they are equally long, so NTP padded like a method writes the same text
     draft_vocab: list = None    # the only token ids that heads draft, such as the most frequent
     # ones: cheaper where the vocabulary is large, and still the same text (arXiv 2502.14856)
 
@@ -181,12 +180,13 @@ class Decoder:
         sources = draft_sources(self.offsets).values()
         self.head = [self.offsets.index(o) - 1 for o, _ in sources]
         self.look_back = [b for _, b in sources]
-        self.N = 1 + (self.lookup or len(sources))    # tokens of a block
+        self.N = 1 + (self.lookup or len(sources))    # tokens of a block,
+        self.rows = max(self.rows, self.N)            # and with its padding
         self.W = 1 + max(self.look_back, default=0)   # positions that draft
         # The memory of B texts, of S slots each. The last block may overshoot the end; attention
         # likes multiples of 16, and on CPUs it is several times slower in 16 bits.
         B = self.batch_size
-        S = -(-(self.max_length + self.N) // 16) * 16
+        S = -(-(self.max_length + self.rows) // 16) * 16
         weight = self.model.gpt.lm_head.weight
         self.device = weight.device
         kind = torch.float32 if self.device.type == "cpu" else weight.dtype
@@ -204,7 +204,7 @@ class Decoder:
             self.position = torch.zeros(B).long()             # of each last known token, the root
             self.limit = torch.zeros(B).long()                # of each last wanted token
             self.stops = torch.zeros(config.vocab_size) > 0   # which tokens end a text
-            self.block = torch.zeros(B, self.N).long()        # the root and its drafts
+            self.block = torch.zeros(B, self.rows).long()     # the root, its drafts and padding
             self.cache = empty_cache(config, config.n_layer, B, S, kind, self.device)
             self.head_caches = self.heads.caches(B, S, kind, self.device)
             # What each head computed at the W newest positions: position p is in slot p % W.
@@ -215,23 +215,15 @@ class Decoder:
     def step(self):
         """One step of all texts. Nothing in it waits for the host, and all shapes are fixed."""
         start = self.position.clone()  # (B,)
-        i = torch.arange(self.N, device=self.device)
         # Verify: the target after each token of the block.
-        h, for_heads = self.forward_block(self.block, start)  # (B, N, C)
-        after = start[:, None] + 1 + i  # (B, N)
-        target = self.pick(self.heads.unembed(h), after)
+        h, for_heads = self.forward_block(self.block, start)  # (B, rows, C)
+        after = start[:, None] + 1 + torch.arange(self.rows, device=self.device)  # (B, rows)
+        target = self.pick(self.model.gpt.lm_head(h), after)
         # Accept the drafts before the first one that is not the target there.
-        right = self.block[:, 1:] == target[:, :-1]
+        right = self.block[:, 1:self.N] == target[:, :self.N - 1]
         n = right.long().cumprod(1).sum(1)  # (B,)
-        # Emit them and the bonus token. What lies beyond is overwritten by later steps. (To
-        # torch.compile, indices mean writing in place, and scatter_ a clone.)
-        self.tokens[self.row, after] = target
-        self.distance[self.row, after] = torch.where(i < n[:, None], i + 2, 1)
-        stopped = self.stops[target] & (i <= n[:, None])
-        end = torch.where(stopped, after, self.tokens.shape[1]).amin(1)
-        self.limit.copy_(torch.minimum(self.limit, end))
-        self.position.copy_(torch.minimum(start + n + 1, self.limit))  # a finished text stays
-        # Draft what follows the bonus token.
+        # Emit them and the bonus token. Draft what follows it.
+        self.emit(target, after, n)
         self.draft(for_heads, start, n)
 
     def forward_block(self, tokens, start):
@@ -246,6 +238,18 @@ class Decoder:
         h = self.model.read(stream)
         return self.model.last_layer(h), self.heads.attend(h, self.head_caches, slots, mask)
 
+    def emit(self, target, position, n):
+        """Append the first n (B,) + 1 targets (B, T) to the texts, at `position` (B, T). What lies
+        beyond is overwritten by later steps."""
+        i = torch.arange(target.shape[1], device=self.device)
+        # Indices mean writing in place to torch.compile, and scatter_ a clone.
+        self.tokens[self.row, position] = target
+        self.distance[self.row, position] = torch.where(i < n[:, None], i + 2, 1)
+        stopped = self.stops[target] & (i <= n[:, None])
+        end = torch.where(stopped, position, self.tokens.shape[1]).amin(1)
+        self.limit.copy_(torch.minimum(self.limit, end))
+        self.position.copy_(torch.minimum(position[:, 0] + n, self.limit))  # a finished one stays
+
     def draft(self, h, start, n):
         """Draft the next block from h (B, T, ...), from forward_block, of the tokens from `start`
         (B,) on. Those up to the n-th (B,) are of the text."""
@@ -254,14 +258,8 @@ class Decoder:
         if self.lookup:
             drafts = [look_up(self.tokens, self.position, self.lookup)]
         elif self.N > 1:
-            # Only W positions draft. Where fewer tokens are new, the first of them is taken again.
-            i = (n[:, None] - torch.arange(self.W, device=self.device)).clamp(min=0)  # (B, W)
-            new = self.heads.alone(h[self.row, i])  # (B, W, H, C or 3C)
-            self.z[self.row, (start[:, None] + i) % self.W] = new
-            heads, look_back = self.source
-            newest = self.position[:, None] - 1
-            z = self.z[self.row, (newest - look_back) % self.W, heads]  # (B, N - 1, C or 3C)
-            after = newest + torch.arange(2, self.N + 1, device=self.device)
+            z = self.remember(h, start, n)  # (B, N - 1, C or 3C)
+            after = self.position[:, None] + torch.arange(1, self.N, device=self.device)
             if self.heads.sequential:  # one after another: each reads the draft before
                 previous = root
                 for j, head in enumerate(self.head):
@@ -269,8 +267,19 @@ class Decoder:
                     previous = self.pick(logits, after[:, j:j + 1], self.vocab)
                     drafts.append(previous)
             else:
-                drafts = [self.pick(self.heads.unembed_draft(z), after, self.vocab)]
-        self.block.copy_(torch.cat([root, *drafts], dim=1))
+                drafts = [self.pick(self.heads.unembed(z), after, self.vocab)]
+        self.block[:, :self.N] = torch.cat([root, *drafts], dim=1)
+
+    def remember(self, h, start, n):
+        """Run the heads on h (see draft) and remember what they compute. -> z (B, N - 1, C or 3C)
+        of the heads and positions that draft"""
+        # Only W positions draft. Where fewer tokens are new, the first of them is taken again.
+        i = (n[:, None] - torch.arange(self.W, device=self.device)).clamp(min=0)  # (B, W)
+        new = self.heads.alone(h[self.row, i])  # (B, W, H, C or 3C)
+        self.z[self.row, (start[:, None] + i) % self.W] = new
+        heads, look_back = self.source
+        newest = self.position[:, None] - 1
+        return self.z[self.row, (newest - look_back) % self.W, heads]
 
     def pick(self, logits, position, vocab=None):
         """The tokens for `position` (B, n): logits (B, n, K) of the tokens in vocab (K,), None:
@@ -315,10 +324,10 @@ class Decoder:
                     self.run_step()
             if on_step:
                 on_step()
-            for prompt, tokens, distances, end in zip(batch, self.tokens.tolist(),
-                                                      self.distance.tolist(), self.limit.tolist()):
-                g.tokens.append(tokens[len(prompt):end + 1])
-                g.distances.append(distances[len(prompt):end + 1])
+            for i, prompt in enumerate(batch):
+                new = slice(len(prompt), int(self.limit[i]) + 1)
+                g.tokens.append(self.tokens[i, new].tolist())
+                g.distances.append(self.distance[i, new].tolist())
         g.seconds = clock(self.device) - begin
         return g
 
@@ -370,8 +379,7 @@ def clock(device):
     return time.perf_counter()
 
 
-# ----------------------------------------------------------------------------------------------
-# Compiling the step
+# ---- Compiling the step ----------------------------------------------------------------------
 
 def compile_step(decoder):
     """decoder.step as one compiled program without arguments, on CUDA as one graph."""
@@ -380,36 +388,40 @@ def compile_step(decoder):
     step = type(decoder).step
     step = FunctionType(step.__code__.replace(), step.__globals__, "step")
     options = dict(guard_filter_fn=lambda guards: [False] * len(guards))
-    if decoder.device.type == "cuda":
+    cuda = decoder.device.type == "cuda"
+    if cuda:
         options["realize_reads_threshold"] = 1  # compute the mask once, not anew in each layer
     else:
         options["cpp_wrapper"] = True  # the kernels are called from C++, not from Python
     program = torch.compile(step, fullgraph=True, dynamic=False, options=options)
-    with packed_weights(decoder.model.gpt), torch.no_grad():
+    with nullcontext() if cuda else cpu_kernels(decoder), torch.no_grad():
         program(decoder)  # `start` resets what it does to the state
     step = partial(program, decoder)
-    return step if decoder.device.type != "cuda" else captured(step, decoder.device)
+    return captured(step, decoder.device) if cuda else step
 
 
 @contextmanager
-def packed_weights(gpt):
-    """On a CPU, compile with the weights frozen into the program where that pays, in 16 bits and
-    when they are large: oneDNN's kernels read such packed weights at the speed of the memory."""
-    weight = gpt.lm_head.weight
-    exact = weight.dtype == torch.float32
-    if weight.device.type != "cpu" or exact and gpt.config.n_embd < 384:
-        yield
-        return
-    # Inductor packs float32 weights for MKL, several times slower on AMD's CPUs, unless this flag
-    # allows a lower precision. It is set only while Inductor chooses.
+def cpu_kernels(decoder):
+    """While Inductor compiles, choose how a CPU multiplies matrices (docs/performance.md): by
+    Inductor's own kernels where that are few rows; else by oneDNN's, which pack large weights."""
+    from torch._inductor import config, select_algorithm  # slow to import
+    weight = decoder.model.gpt.lm_head.weight
+    small = weight.shape[1] < 384
+    few = decoder.batch_size * decoder.rows <= (16 if small else 4)
     matmul = torch.backends.mkldnn.matmul
     precision = matmul.fp32_precision
-    matmul.fp32_precision = "tf32" if exact else precision
+    options = dict(freezing=True)  # weights are constants, so they can be packed
+    if few:
+        options |= dict(max_autotune=True, max_autotune_gemm_backends="CPP,ATEN")
+        select_algorithm.add_preprocessing_fn(lambda choices: choices[:1])  # without trying them
+    elif weight.dtype == torch.float32 and not small:
+        matmul.fp32_precision = "tf32"  # else Inductor takes MKL, which is slow on AMD's CPUs
     try:
-        with torch._inductor.config.patch(freezing=True):
+        with config.patch(options):
             yield
     finally:
         matmul.fp32_precision = precision
+        select_algorithm.clear_preprocessing_fns()
 
 
 def captured(step, device):
@@ -427,9 +439,8 @@ def captured(step, device):
     return lambda keep_alive=step: graph.replay()
 
 
-# ----------------------------------------------------------------------------------------------
-# Real text, by teacher forcing. Greedy text of a small model falls into loops, which flatters
-# every drafter.
+# ---- Real text, by teacher forcing -----------------------------------------------------------
+# Greedy text of a small model falls into loops, which flatters every drafter.
 
 @torch.no_grad()
 def accepted_drafts(model, offsets, windows, lookup=0):
@@ -468,8 +479,7 @@ def real_text_steps(accepted, prompt_tokens=16):
     return g
 
 
-# ----------------------------------------------------------------------------------------------
-# Comparing methods
+# ---- Comparing methods -----------------------------------------------------------------------
 
 METHODS = {"1": "NTP", "lookup": "lookup", "1,2": "MTP", "1,2,3,4": "MTP", "1,3,5,7": "leap",
            "1,2,3,4,5,7": "all"}
@@ -489,26 +499,23 @@ def drafting(method, offsets):
     return dict(offsets=check_offsets(parse_offsets(method), offsets), lookup=0)
 
 
-def compare(model, methods, prompts, new_tokens, rounds=5, progress=True, **options):
-    """Time methods, the first of which is the baseline, on the same prompts, in turns. options: as
-    of Decoder. -> a record per method, with medians over the rounds, and its texts"""
-    length = max(map(len, prompts)) + new_tokens
-    decoders = {}
-    runs = {method: [] for method in methods}
-    with progress_bar(None, progress, total=len(methods) * (1 + rounds), unit="run") as bar:
-        for method in methods:
-            bar.set_description(f"prepare {method}", refresh=False)
-            decoders[method] = Decoder(model, max_length=length, **options,
-                                       **drafting(method, model.offsets))
-            decoders[method].generate(prompts[:1], min(new_tokens, 32))  # touch all memory
-            bar.update()
-        for _ in range(rounds):
-            for method, decoder in decoders.items():
-                bar.set_description(f"measure {method}", refresh=False)
-                runs[method].append(decoder.generate(prompts, new_tokens))
-                bar.update()
+def compare(decoders, prompts, new_tokens, rounds=5, progress=True):
+    """Time decoders {method: Decoder}, the first of which is the baseline, NTP, in turns on the
+    same prompts. -> a record per method, with medians over the rounds
+
+    "identical" compares with the baseline's text; in 16 bits, where longer blocks round in another
+    way, with what NTP writes in blocks as long as the method's."""
+    expected = {}
+    runs = {method: [] for method in decoders}
+    for method, decoder in progress_bar(decoders.items(), progress, desc="prepare"):
+        decoder.generate(prompts[:1], min(new_tokens, 32))  # touch all memory
+        if decoder.rows > 1 and decoder.model.gpt.lm_head.weight.dtype != torch.float32:
+            ntp = replace(decoder, offsets=(1,), lookup=0)
+            expected[method] = ntp.generate(prompts, new_tokens).tokens
+    for method in progress_bar([*decoders] * rounds, progress, desc="measure"):
+        runs[method].append(decoders[method].generate(prompts, new_tokens))
     records = []
-    baseline = runs[methods[0]]
+    baseline = next(iter(runs.values()))
     for method, found in runs.items():
         g = found[0]
         speedup = statistics.median(a.seconds / b.seconds for a, b in zip(baseline, found))
@@ -516,7 +523,7 @@ def compare(model, methods, prompts, new_tokens, rounds=5, progress=True, **opti
         records.append(dict(
             method=method, tokens_per_step=g.tokens_per_step, step_cost=g.tokens_per_step / speedup,
             speedup=speedup, tokens_per_second=new_tokens * len(prompts) / seconds,
-            identical=g.tokens == baseline[0].tokens, accepted=g.accepted, texts=g.tokens))
+            identical=g.tokens == expected.get(method, baseline[0].tokens), accepted=g.accepted))
     return records
 
 
@@ -531,33 +538,38 @@ def print_table(records):
               f"{'identical' if r['identical'] else 'DIFFERS':11}{accepted}")
 
 
+def sampling(args):
+    """How to sample, as options of a Decoder."""
+    return dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed)
+
+
 def report(model, state, args):
     """Compare methods on greedy, sampled and real text, and print it."""
     device = pick_device(args.device)
     context = model.gpt.config.block_size
     corpus = corpus_of(args.run, model, state, args.data)
-    length = args.prompt_tokens or max(1, min(64, context // 4))
+    length = args.prompt_tokens or min(64, context // 4)
     n = args.new_tokens or max(1, min(192, context - length))
     prompts = corpus.windows("val", args.prompts, length).tolist()
-    windows = corpus.windows("val", max(1, min(32, 2 ** 15 // context)), context).to(device)
+    windows = corpus.windows("val", 32, context).to(device)
     methods = list(dict.fromkeys(["1", *(args.methods or default_methods(model.offsets))]))
     draftings = {method: drafting(method, model.offsets) for method in methods}
     model = ready(model.to(device), getattr(torch, args.dtype))  # one copy for all decoders
-    options = dict(batch_size=args.batch_size, top_k=args.top_k, top_p=args.top_p, seed=args.seed)
-    Decoder(model, temperature=args.temperature, **options).check(prompts, n)  # before the work
-    options["compile"] = not args.eager and can_compile(device)
+    options = dict(sampling(args), batch_size=args.batch_size)
+    Decoder(model, **options).check(prompts, n)  # before the work
+    options |= dict(max_length=length + n, compile=not args.eager and can_compile(device))
     print(f"{args.run}: offsets {model.offsets}; {len(prompts)} prompts, {n} new tokens each, "
           f"{args.dtype} on {device}, {'compiled' if options['compile'] else 'eager'}")
     results = dict(environment=environment(device), args=vars(args))
     for temperature in sorted({0.0, args.temperature}):
-        records = compare(model, methods, prompts, n, args.rounds, temperature=temperature,
-                          **options)
+        options["temperature"] = temperature
+        decoders = {method: Decoder(model, **options, **sources)
+                    for method, sources in progress_bar(draftings.items(), desc="compile")}
+        records = compare(decoders, prompts, n, args.rounds)
         title = f"sampled text, temperature {temperature:g}" if temperature else "greedy text"
         print(f"\n{title}")
         print_table(records)
-        if not all(r["identical"] for r in records):
-            print("rounding may choose between near-ties: experiments/rounding.py checks that")
-        results[title] = [{k: v for k, v in r.items() if k != "texts"} for r in records]
+        results[title] = records
         write_results(args.out, results)
     print(f"\nreal text, held out of {corpus.folder.name}: tokens per step")
     results["real text"] = {}
@@ -568,8 +580,7 @@ def report(model, state, args):
     write_results(args.out, results)
 
 
-# ----------------------------------------------------------------------------------------------
-# Streaming one text
+# ---- Streaming one text ----------------------------------------------------------------------
 
 SHADES = (157, 121, 86, 81, 75, 105, 141, 177)  # 256-colour codes, near to far
 
@@ -585,35 +596,33 @@ def paint(text, distance):
 def stream(model, state, args):
     """Print the continuation of --prompt as it is accepted, until the text ends."""
     tokenizer = get_tokenizer(tokenizer_name(model, state))
-    device = pick_device(args.device)
     method = (args.methods or default_methods(model.offsets))[-1]
     prompt = tokenizer.encode_ordinary(args.prompt)
     n = args.new_tokens or max(1, min(192, model.gpt.config.block_size - len(prompt)))
-    decoder = Decoder(model.to(device), temperature=args.temperature, top_k=args.top_k,
-                      top_p=args.top_p, seed=args.seed, dtype=getattr(torch, args.dtype),
-                      **drafting(method, model.offsets))
+    decoder = Decoder(model.to(pick_device(args.device)), dtype=getattr(torch, args.dtype),
+                      **sampling(args), **drafting(method, model.offsets))
     color = sys.stdout and sys.stdout.isatty() and "NO_COLOR" not in os.environ
     utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # a token may end inside a character
     shown = 0
 
     def show():  # what is new, at first the prompt
         nonlocal shown
-        new = slice(shown, int(decoder.position[0]) + 1)
-        shown = new.stop
-        for token, j in zip(decoder.tokens[0, new].tolist(), decoder.distance[0, new].tolist()):
+        end = int(decoder.position[0]) + 1
+        for token, distance in zip(decoder.tokens[0, shown:end].tolist(),
+                                   decoder.distance[0, shown:end].tolist()):
             if token < tokenizer.eot_token:
                 text = utf8.decode(tokenizer.decode_single_token_bytes(token))
                 text = "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1]
                                for c in text)
-                print(paint(text, j) if color else text, end="", flush=True)
+                print(paint(text, distance) if color else text, end="", flush=True)
+        shown = end
     g = decoder.generate([prompt], n, tokenizer.eot_token, on_step=show)
     print(utf8.decode(b"", final=True), flush=True)
     print(f"drafts {method}: {len(g.tokens[0])} tokens in {g.steps} steps, {g.tokens_per_step:.2f} "
           f"per step, {g.seconds:.1f} s", file=sys.stderr)
 
 
-# ----------------------------------------------------------------------------------------------
-# The command line
+# ---- The command line ------------------------------------------------------------------------
 
 def make_parser():
     """The options."""
@@ -654,8 +663,8 @@ def main(argv=None):
         model, state = load_model(args.run)
         if args.prompt is None:
             return report(model, state, args)
-        parser.refuse(argv, {"data", "prompts", "prompt_tokens", "batch_size", "rounds", "eager",
-                             "out"}, "does not go with --prompt")
+        parser.refuse(args, ["data", "prompts", "prompt_tokens", "batch_size", "rounds", "eager",
+                             "out"], "does not go with --prompt")
         require(len(args.methods or [0]) == 1, "--prompt takes one of --methods")
         stream(model, state, args)
 

@@ -24,8 +24,7 @@ from data.prepare import InputError, require
 from model import Block, empty_cache
 
 
-# ----------------------------------------------------------------------------------------------
-# Offsets, and where a draft comes from
+# ---- Offsets, and where a draft comes from ---------------------------------------------------
 
 def parse_offsets(text):
     """"1,3,5,7" -> (1, 3, 5, 7). Raises InputError."""
@@ -85,8 +84,7 @@ def look_up(tokens, position, n_drafts, longest=3):
     return tokens.gather(1, match + 1 + i % period)
 
 
-# ----------------------------------------------------------------------------------------------
-# Heads
+# ---- Heads -----------------------------------------------------------------------------------
 
 @dataclass
 class HeadsConfig:
@@ -251,8 +249,7 @@ class MultiTokenGPT(nn.Module):
                 for o, head in self.heads.items() if head.mix is not None}
 
 
-# ----------------------------------------------------------------------------------------------
-# The joint loss
+# ---- The joint loss --------------------------------------------------------------------------
 
 def predictions_and_targets(model, h, idx, offset):
     """One offset's logits (n, V) and the tokens (n,) that they predict; n = B * (T + 1 - offset).
@@ -291,28 +288,12 @@ def joint_loss(model, idx, weights=None, backward=False):
     return losses
 
 
-# ----------------------------------------------------------------------------------------------
-# The heads as a decoder runs them: all on the same tokens
-
-class Unembedding(nn.Module):
-    """z (..., C) -> logits (..., V), with weight (V, C). On CUDA it has some rows of zeros more,
-    because the kernels like multiples of 64."""
-
-    def __init__(self, weight):
-        super().__init__()
-        self.size = len(weight)
-        if weight.is_cuda:
-            weight = F.pad(weight, (0, 0, 0, -self.size % 64))
-        self.weight = nn.Parameter(weight, requires_grad=False)
-
-    def forward(self, z):
-        return F.linear(z, self.weight)[..., :self.size]
-
+# ---- The heads as a decoder runs them: all on the same tokens --------------------------------
 
 class DraftHeads:
     """Offset 1 and the heads of some offsets, for decoding. What is run together is copied: the
-    weights of heads that do not attend, the rows of `vocab`, the table of what sequential heads
-    read of every token, and on CUDA what is padded.
+    weights of heads that do not attend, the rows of `vocab`, and the table of what sequential heads
+    read of every token.
 
     vocab (K,) int64: the only tokens that heads draft; None: all V."""
 
@@ -322,8 +303,10 @@ class DraftHeads:
         self.attending = bool(self.heads) and model.heads_config.kind == "block"
         self.sequential = model.heads_config.sequential
         weight = model.gpt.lm_head.weight.detach()  # also the embedding
-        self.unembed = Unembedding(weight)
-        self.unembed_draft = self.unembed if vocab is None else Unembedding(weight[vocab])
+        self.unembed = model.gpt.lm_head
+        if vocab is not None:
+            self.unembed = nn.Linear(*weight[vocab].T.shape, bias=False)
+            self.unembed.weight = nn.Parameter(weight[vocab], requires_grad=False)
         if self.heads and not self.attending:  # {name: (H, ...)}
             named = [dict(head.named_parameters()) for head in self.heads]
             self.stacked = {name: torch.stack([p[name].detach() for p in named])
@@ -359,4 +342,4 @@ class DraftHeads:
     def logits_after(self, z, i, previous):
         """z (B, 1, 3C) from `alone`, of the i-th head; previous (B, 1): the token before the one
         that it drafts -> logits (B, 1, K)"""
-        return self.unembed_draft(self.heads[i].reader(z, self.tables[i][previous]))
+        return self.unembed(self.heads[i].reader(z, self.tables[i][previous]))

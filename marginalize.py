@@ -37,9 +37,9 @@ def marginalize_reference(gpt, idx, horizon, paths=None):
     return total
 
 
-# ----------------------------------------------------------------------------------------------
-# The look-ahead. Each text is prefilled once. A branch then sees the text up to its root's
-# position, its ancestors and itself, so branches of many positions share a forward pass.
+# ---- The look-ahead --------------------------------------------------------------------------
+# Each text is prefilled once. A branch then sees the text up to its root's position, its ancestors
+# and itself, so branches of many positions share a forward pass.
 
 @torch.no_grad()
 def look_ahead(gpt, idx, position, horizon, branches):
@@ -108,8 +108,7 @@ def marginalize(gpt, idx, horizon, branches, position=None):
     return probs, mass
 
 
-# ----------------------------------------------------------------------------------------------
-# Measuring it on held-out text
+# ---- Measuring it on held-out text -----------------------------------------------------------
 
 PREDICTORS = ("model", "marginalisation", "own head", "greedy rollout")
 
@@ -191,8 +190,7 @@ def measure(model, windows, position, horizon, branches, progress=True):
     return records
 
 
-# ----------------------------------------------------------------------------------------------
-# The command line
+# ---- The command line ------------------------------------------------------------------------
 
 def print_table(records):
     """Print what `measure` returned."""

@@ -172,8 +172,7 @@ class GPT(nn.Module):
         return gpt.eval()
 
 
-# ----------------------------------------------------------------------------------------------
-# The cache: keys and values of all layers
+# ---- The cache: keys and values of all layers ------------------------------------------------
 
 def empty_cache(config, n_layer, batch, slots, dtype, device):
     """A list of n_layer tensors (batch * slots, 2C), with a row per slot: key, then value.
@@ -193,8 +192,7 @@ def causal_mask(position, slot, dtype):
     return mask.masked_fill(slot > position[..., None], -math.inf)[:, None]
 
 
-# ----------------------------------------------------------------------------------------------
-# GPT-2's weights, from files of PyTorch or Hugging Face
+# ---- GPT-2's weights, from files of PyTorch or Hugging Face ----------------------------------
 
 def load_tensors(path):
     """The dict in a file of torch.save or safetensors, on the CPU. Never runs code from the file.

@@ -8,7 +8,6 @@ The papers' recipes differ in which losses count how much at which step: that is
 `recipe`. A run can be stopped anywhere: batches are a function of (seed, step), checkpoint.pt
 holds all other state, and a resumed run ends with the same weights, bit for bit on a CPU.
 """
-import argparse
 import json
 import math
 import signal
@@ -19,13 +18,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import clip_grad_norm_
 
 from common import (Parser, can_compile, corpus_of, has_native_bfloat16, load_checkpoint,
                     load_model, one_line_errors, pick_device, progress_bar, save_checkpoint)
 from data.loader import Corpus
-from data.prepare import require
+from data.prepare import InputError, require
 from heads import HeadsConfig, MultiTokenGPT, joint_loss, parse_offsets, predictions_and_targets
 from model import GPT, GPTConfig
 
@@ -45,55 +43,50 @@ def recipe(args, offsets, step):
     return weights, lr_scale
 
 
-# ----------------------------------------------------------------------------------------------
-# Optimizers and learning rate
+# ---- Optimizers and learning rate ------------------------------------------------------------
 
 class Muon(torch.optim.Optimizer):
     """Momentum made orthogonal (Jordan et al. 2024): a step moves a matrix equally far in all
-    directions. torch.optim.Muon with adjust_lr_fn="match_rms_adamw" makes the same updates, but
-    one matrix at a time (slow on GPUs) and in bfloat16 (slow on CPUs that emulate it)."""
+    directions. Makes the updates of torch.optim.Muon with adjust_lr_fn="match_rms_adamw", which
+    computes them in bfloat16, slowly on CPUs that emulate it."""
 
     def __init__(self, params, lr, weight_decay=0.1, momentum=0.95):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
 
     @torch.no_grad()
     def step(self):
-        """Update all matrices that have a gradient, those of one shape together."""
+        """Update all matrices that have a gradient."""
         for group in self.param_groups:
-            by_shape = {}
+            momentum = group["momentum"]
             for p in group["params"]:
-                if p.grad is not None:
-                    by_shape.setdefault(p.shape, []).append(p)
-            for shape, params in by_shape.items():
-                for p in params:
-                    if not self.state[p]:
-                        self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-                grads = [p.grad for p in params]
-                buffers = [self.state[p]["momentum_buffer"] for p in params]
-                torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
-                updates = torch._foreach_lerp(grads, buffers, group["momentum"])  # Nesterov
-                updates = orthogonalize(torch.stack(updates)).to(params[0].dtype)
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(p)
+                mean = state["momentum_buffer"].lerp_(p.grad, 1 - momentum)
+                update = orthogonalize(p.grad.lerp(mean, momentum))  # Nesterov
                 # AdamW's updates have about this root mean square, so one lr suits both.
-                size = group["lr"] * 0.2 * math.sqrt(max(shape))
-                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(params, list(updates.unbind()), alpha=-size)
+                size = group["lr"] * 0.2 * math.sqrt(max(p.shape))
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(update, alpha=-size)
 
 
-def orthogonalize(matrices):
-    """(n, rows, columns) -> about U V^T of each U S V^T, in bfloat16 or float32.
+def orthogonalize(matrix):
+    """A matrix (rows, columns) U S V^T -> about U V^T, in bfloat16 or float32.
 
     Five Newton-Schulz iterations x <- a x + b (x x^T) x + c (x x^T)^2 x map every singular value
     s to a s + b s^3 + c s^5, and bring all of them to about 0.7..1.2."""
-    native = has_native_bfloat16(matrices.device)
-    x = matrices.to(torch.bfloat16 if native else torch.float32)
-    tall = x.shape[1] > x.shape[2]
-    x = x.mT if tall else x  # x x^T is then the smaller square
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    native = has_native_bfloat16(matrix.device)
+    x = matrix.to(torch.bfloat16 if native else torch.float32)
+    tall = len(x) > len(x.T)
+    x = x.T if tall else x  # x x^T is then the smaller square
+    x = x / x.norm().clamp(min=1e-7)
     for _ in range(5):
-        gram = x @ x.mT
-        polynomial = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
-        x = torch.baddbmm(x, polynomial, x, beta=3.4445)
-    return x.mT if tall else x
+        gram = x @ x.T
+        polynomial = torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        x = torch.addmm(x, polynomial, x, beta=3.4445)
+    return x.T if tall else x
 
 
 def make_optimizers(model, name, lr, weight_decay):
@@ -122,17 +115,18 @@ def lr_factor(step, steps, warmup):
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-# ----------------------------------------------------------------------------------------------
-# The model at the start, validation, precision
+# ---- The model at the start, validation ------------------------------------------------------
 
 def make_model(args, corpus):
     """The model of a new run: from scratch; or with the backbone of args.init, and with its heads
     if they are of the same kind. Raises InputError, also if that model has other tokens."""
     config = HeadsConfig(args.offsets, args.head_kind, args.head_layers, args.whs, args.sequential)
+    shape = {name: getattr(args, name) for name in SHAPE if getattr(args, name) is not None}
     if args.init is None:
         require(args.backbone_lr, "--backbone-lr 0 freezes an untrained backbone; --init gives one")
-        return MultiTokenGPT(GPT(GPTConfig(args.block_size, corpus.vocab_size, args.n_layer,
-                                           args.n_head, args.n_embd, args.dropout)), config)
+        gpt = GPT(GPTConfig(vocab_size=corpus.vocab_size, dropout=args.dropout, **shape))
+        return MultiTokenGPT(gpt, config)
+    require(not shape, f"--init has a shape, which {', '.join(shape)} cannot change")
     found, state = load_model(args.init)
     corpus_of(args.init, found, state, corpus.folder)
     model = MultiTokenGPT(found.gpt, config)
@@ -145,14 +139,14 @@ def make_model(args, corpus):
 
 
 @torch.no_grad()
-def evaluate(model, windows, batch_size, autocast=nullcontext):
+def evaluate(model, windows, batch_size, autocast=nullcontext()):
     """windows (n, T + 1) int64 -> {offset: mean loss in nats}, {offset: top-1 accuracy}."""
     model.eval()
     loss = dict.fromkeys(model.offsets, 0.0)
     accuracy = dict.fromkeys(model.offsets, 0.0)
     for idx in windows.to(model.gpt.lm_head.weight.device).split(batch_size):
         fraction = len(idx) / len(windows)
-        with autocast():
+        with autocast:
             h = model.hidden_states(idx[:, :-1])
             for o in model.offsets:
                 logits, targets = predictions_and_targets(model, h, idx, o)
@@ -162,26 +156,9 @@ def evaluate(model, windows, batch_size, autocast=nullcontext):
     return loss, accuracy
 
 
-@contextmanager
-def bfloat16(device):
-    """Autocast to bfloat16. On a CPU attention is made of plain products, all in bfloat16, which
-    is faster there than PyTorch's fused kernel."""
-    flags = torch.backends.cuda  # the CPU's as well
-    cpu = device.type == "cpu"
-    allowed = flags.fp16_bf16_reduction_math_sdp_allowed()
-    flags.allow_fp16_bf16_reduction_math_sdp(allowed or cpu)
-    attention = sdpa_kernel(SDPBackend.MATH) if cpu else nullcontext()
-    try:
-        with torch.autocast(device.type, torch.bfloat16), attention:
-            yield
-    finally:
-        flags.allow_fp16_bf16_reduction_math_sdp(allowed)
+# ---- The loop --------------------------------------------------------------------------------
 
-
-# ----------------------------------------------------------------------------------------------
-# The loop
-
-def train_step(model, optimizers, idx, step, args, autocast=nullcontext):
+def train_step(model, optimizers, idx, step, args, autocast=nullcontext()):
     """Train one batch idx (B, T + 1). -> {offset: loss}, norm of the gradient before clipping
     (tensors)"""
     torch.manual_seed(args.seed + 1_000_003 * step)  # of dropout: a resumed run goes on alike
@@ -192,7 +169,7 @@ def train_step(model, optimizers, idx, step, args, autocast=nullcontext):
         optimizer.zero_grad()
         for group in optimizer.param_groups:
             group["lr"] = lr * lr_scale if group["part"] == "backbone" else lr
-    with autocast():
+    with autocast:
         losses = joint_loss(model, idx, weights, backward=True)
     norm = clip_grad_norm_(model.parameters(), 1.0)
     for optimizer in optimizers:
@@ -206,15 +183,12 @@ def log(args, **record):
         f.write(json.dumps(record) + "\n")
 
 
-def validate(args, model, windows, autocast, step, ntp_before=None):
-    """Log and print how good all offsets are. -> the loss of offset 1"""
+def validate(args, model, windows, autocast, step):
+    """Log and print how good all offsets are."""
     loss, accuracy = evaluate(model, windows, args.batch_size, autocast)
     log(args, step=step, val_loss=loss, val_accuracy=accuracy, layer_weights=model.layer_weights())
     shown = "  ".join(f"{o}: {loss[o]:.3f} {accuracy[o]:.0%}" for o in model.offsets)
-    if args.init is not None and step:
-        shown += f"; NTP lost {loss[1] - ntp_before:+.4f} nats against {args.init}"
     print(f"step {step}, held-out nats and accuracy by offset: {shown}", flush=True)
-    return loss[1]
 
 
 @contextmanager
@@ -234,7 +208,6 @@ def restore(args, fixed, optimizers, state):
     """Take up a checkpoint's state. -> the next step. Raises InputError for another corpus."""
     require(state["corpus"] == fixed["corpus"], f"{args.data} is not the corpus that this run was "
             "started on; name that one with --data")
-    fixed["ntp_before"] = state["ntp_before"]
     for optimizer, saved in zip(optimizers, state["optimizers"]):
         optimizer.load_state_dict(saved)
     if state["changed"]:
@@ -258,7 +231,7 @@ def train(args, model=None, state=None):
     windows = corpus.windows("val", args.eval_windows, length)
     corpus.batch("train", 1, length, step=0)  # too small a corpus fails now
     optimizers = make_optimizers(model, args.optimizer, args.lr, args.weight_decay)
-    autocast = (lambda: bfloat16(device)) if args.dtype == "bfloat16" else nullcontext
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
     fixed = dict(corpus=corpus.fingerprint(), tokenizer=corpus.tokenizer.name)
     first = restore(args, fixed, optimizers, state) if state else 0
     for block in model.gpt.transformer.h if args.compile else []:
@@ -272,7 +245,7 @@ def train(args, model=None, state=None):
     print(f"offsets {model.offsets}, on {device}, {args.dtype}; run folder {out}", flush=True)
     if not state:
         (out / "metrics.jsonl").unlink(missing_ok=True)
-        fixed["ntp_before"] = validate(args, model, windows, autocast, 0)
+        validate(args, model, windows, autocast, step=0)
         save(0)  # from here on the run can be resumed
 
     bar = progress_bar(range(first, args.steps), args.progress, initial=first,
@@ -297,7 +270,7 @@ def train(args, model=None, state=None):
             if milestone:
                 if sys.stderr.isatty():
                     bar.clear()
-                validate(args, model, windows, autocast, done, fixed["ntp_before"])
+                validate(args, model, windows, autocast, done)
             if milestone or signals:
                 save(done)
             if signals:
@@ -305,10 +278,10 @@ def train(args, model=None, state=None):
     return model
 
 
-# ----------------------------------------------------------------------------------------------
-# The command line
+# ---- The command line ------------------------------------------------------------------------
 
-SHAPE = {"n_layer", "n_head", "n_embd", "block_size"}
+SHAPE = dict(n_layer="transformer layers", n_head="attention heads per layer", n_embd="width",
+             block_size="context in tokens")
 RESUMED = {"steps", "lr", "warmup", "batch_size", "data", "eval_every", "eval_windows",
            "log_every", "device", "dtype", "compile", "progress"}  # may change in a resumed run
 
@@ -336,10 +309,9 @@ def make_parser():
     p.option("head-warmup", 0, "first steps, which train the heads alone")
     p.option("head-weight", 1.0, "weight of each head's loss relative to offset 1's")
     p.group = p.add_argument_group("model from scratch (with --init: only the dropout)")
-    p.option("n-layer", 4, "transformer layers", least=1)
-    p.option("n-head", 4, "attention heads per layer", least=1)
-    p.option("n-embd", 128, "width", least=1)
-    p.option("block-size", 256, "context in tokens", least=1)
+    for name, help in SHAPE.items():
+        p.option(name.replace("_", "-"), None, f"{help}; else {getattr(GPTConfig, name)}", type=int,
+                 least=1)
     p.option("dropout", 0.0, "dropout rate")
     p.group = p.add_argument_group("optimization")
     p.option("steps", 2000, "optimizer steps", least=1)
@@ -379,40 +351,40 @@ def check_args(args):
             "backbone is frozen; give more --offsets and a --head-weight")
 
 
-def resumed_args(parser, argv, args, state):
-    """The settings of a run to resume: its own, but for what the command line may change. Raises
-    InputError for what would make it another run."""
-    require("args" in state, f"{args.resume} holds a model but no run to resume")
-    parser.refuse(argv, set(vars(args)) - RESUMED - {"resume"}, "would make it another run; start "
-                  f"one with --init {args.resume}")
-    path = Path(args.resume)
-    saved = state["args"] | dict(out=str(path if path.is_dir() else path.parent))
-    given = {name: getattr(args, name) for name in parser.given(argv) & RESUMED}
-    args = argparse.Namespace(**saved | given)
-    state["changed"] = {name: given[name] for name in sorted(given) if given[name] != saved[name]}
-    return args
+def resume(parser, argv, path):
+    """A run to go on with: its own settings, but for those of the command line. -> args, model,
+    state. Raises InputError for a setting that would make it another run."""
+    model, state = load_checkpoint(path)
+    require("args" in state, f"{path} holds a model but no run to resume")
+    folder = path if Path(path).is_dir() else Path(path).parent
+    saved = state["args"] | dict(resume=path, out=str(folder))
+    parser.set_defaults(**saved)
+    args = parser.parse_args(argv)
+    check_args(args)
+    state["changed"] = {name: value for name, value in vars(args).items() if value != saved[name]}
+    for name in state["changed"].keys() - RESUMED:
+        raise InputError(f"--{name.replace('_', '-')} would make it another run; start one with "
+                         f"--init {path}")
+    return args, model, state
 
 
 def main(argv=None):
     """Train or resume. Bad input is one line and status 2."""
     parser = make_parser()
     args = parser.parse_args(argv)
-    model = state = None
     with one_line_errors("train.py"):
         if args.resume is not None:
-            model, state = load_checkpoint(args.resume)
-            args = resumed_args(parser, argv, args, state)
-        check_args(args)
-        if state is None:
-            if args.init is not None:
-                parser.refuse(argv, SHAPE, "cannot be changed: --init has a shape")
+            args, model, state = resume(parser, argv, args.resume)
+            if state["step"] >= args.steps:
+                return print(f"{args.out} is finished: {state['step']} steps; --steps N goes on")
+            train(args, model, state)
+        else:
+            check_args(args)
             require(args.out and not Path(args.out).is_file(), "--out must be a folder")
             require(args.overwrite or not (Path(args.out) / "checkpoint.pt").exists(),
                     f"{args.out} already holds a run; give --resume {args.out}, --overwrite or "
                     "another --out")
-        elif state["step"] >= args.steps:
-            return print(f"{args.out} is finished: {state['step']} steps; --steps N goes on")
-        train(args, model, state)
+            train(args)
         print(f"done: python decode.py {args.out}")
 
 

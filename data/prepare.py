@@ -78,8 +78,7 @@ def encode(tokenizer, text):
     return np.fromiter(ids, "<u2")
 
 
-# ----------------------------------------------------------------------------------------------
-# Sources
+# ---- Sources ---------------------------------------------------------------------------------
 
 LOG_LINE = ('{{"time": "2026-01-01T{}Z", "level": "{}", "service": "{}", "host": '
             '"node-{:02}.example.org", "request": "{:024x}", "path": "/v1/{}/{}", "status": {}, '
@@ -172,8 +171,7 @@ def split(texts, val_fraction, seed):
     return {"train": list(filter(None, train)), "val": list(filter(None, val))}
 
 
-# ----------------------------------------------------------------------------------------------
-# The folder
+# ---- The folder ------------------------------------------------------------------------------
 
 def write_corpus(folder, splits, tokenizer, meta):
     """Write a corpus in place of one that is there. Returns the numbers of train and val tokens.

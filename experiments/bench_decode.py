@@ -56,8 +56,7 @@ def seconds_of(f, times, device):
     return (clock(device) - begin) / times
 
 
-# ----------------------------------------------------------------------------------------------
-# One step
+# ---- One step --------------------------------------------------------------------------------
 
 @torch.no_grad()
 def step_seconds(decoders, rounds):
@@ -101,8 +100,7 @@ def bench_latency(gpt, args, options):
     return rows
 
 
-# ----------------------------------------------------------------------------------------------
-# Whole texts
+# ---- Whole texts -----------------------------------------------------------------------------
 
 def transformers_model(gpt):
     """transformers' GPT-2 with this GPT's weights. Raises InputError if there is none."""
@@ -173,8 +171,7 @@ def bench_texts(model, prompts, args, options):
     return rows
 
 
-# ----------------------------------------------------------------------------------------------
-# The command line
+# ---- The command line ------------------------------------------------------------------------
 
 def print_table(rows):
     """Print dicts with the same keys."""

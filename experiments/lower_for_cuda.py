@@ -34,8 +34,7 @@ from experiments.bench_decode import FEW, METHODS, OFFSETS, SIZES
 from heads import HeadsConfig, MultiTokenGPT
 from model import GPT, GPTConfig
 
-# ----------------------------------------------------------------------------------------------
-# What is compiled
+# ---- What is compiled ------------------------------------------------------------------------
 
 DEFAULT = dict(method="MTP", size="124M", layers=None, dtype="bfloat16", batch_size=1,
                kind="resblock", whs=False, sequential=False, draft_vocab=None, temperature=0.0,
@@ -73,8 +72,7 @@ def name_of(variant):
     return ", ".join(words)
 
 
-# ----------------------------------------------------------------------------------------------
-# Compiling for a GPU that is not there
+# ---- Compiling for a GPU that is not there ---------------------------------------------------
 
 H200 = SimpleNamespace(
     name="NVIDIA H200", major=9, minor=0, multi_processor_count=132, warp_size=32,
@@ -192,8 +190,7 @@ def count(program):
                 operators=dict(Counter(operators)))
 
 
-# ----------------------------------------------------------------------------------------------
-# The command line
+# ---- The command line ------------------------------------------------------------------------
 
 def main(argv=None):
     """Bad input is one line and status 2, a variant that does not compile status 1."""

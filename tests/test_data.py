@@ -28,8 +28,7 @@ def documents(tokens):
     return BYTES.decode(tokens.tolist()).split("<|endoftext|>")[:-1]
 
 
-# ----------------------------------------------------------------------------------------------
-# A token
+# ---- A token ---------------------------------------------------------------------------------
 
 def test_a_token_is_a_byte_and_the_257th_ends_a_text():
     text = "naïve 日本 🙂\r\n\t\0"
@@ -57,8 +56,7 @@ def test_gpt2_tokens_do_not_depend_on_the_pieces_in_which_a_text_is_encoded(monk
     assert gpt2.decode(prepare.encode(gpt2, blank).tolist()) == blank
 
 
-# ----------------------------------------------------------------------------------------------
-# Documents and splits
+# ---- Documents and splits --------------------------------------------------------------------
 
 def test_of_one_text_the_end_is_held_out_and_each_split_ends_with_end_of_text(tmp_path):
     text = "".join(chr(0x100 + i) for i in range(100))  # two bytes each, and none is cut in two
@@ -119,8 +117,7 @@ def test_the_seed_chooses_the_validation_files_and_a_new_file_moves_few_others()
     assert len(val - set(prepare.split([*texts, "new one"], 0.5, seed=0)["val"])) <= 2
 
 
-# ----------------------------------------------------------------------------------------------
-# The folder
+# ---- The folder ------------------------------------------------------------------------------
 
 def test_meta_json_says_what_the_corpus_is(tmp_path):
     meta = make(tmp_path, "é" * 10, val_fraction=0.2).meta
@@ -163,8 +160,7 @@ def test_the_script_says_what_it_made_and_what_comes_next(tmp_path):
     assert (result.returncode, result.stderr) == (0, "")
 
 
-# ----------------------------------------------------------------------------------------------
-# A batch
+# ---- A batch ---------------------------------------------------------------------------------
 
 def test_a_batch_is_int64_windows_that_start_anywhere_in_a_split(tmp_path):
     corpus = make(tmp_path, "0123456789", val_fraction=0.5)  # 5 tokens and end-of-text

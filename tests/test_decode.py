@@ -336,11 +336,12 @@ def test_a_comparison_has_a_record_per_method_and_finds_the_texts_identical():
     model = tiny_model((1, 3, 5))
     options = dict(temperature=1.0, seed=5)
     methods = default_methods(model.offsets)
-    records = compare(model, methods, PROMPTS, 30, rounds=1, progress=False, **options)
+    decoders = {method: decoder_of(model, method, **options) for method in methods}
+    records = compare(decoders, PROMPTS, 30, rounds=1, progress=False)
     assert [r["method"] for r in records] == methods == ["1", "lookup", "1,3,5"]
     for r in records:
-        g = decoder_of(model, r["method"], **options).generate(PROMPTS, 30)
-        assert r["identical"] and r["texts"] == plain_text(1.0)
+        g = decoders[r["method"]].generate(PROMPTS, 30)
+        assert r["identical"] and g.tokens == plain_text(1.0)
         assert (r["tokens_per_step"], r["accepted"]) == (g.tokens_per_step, g.accepted)
         speedup = r["tokens_per_second"] / records[0]["tokens_per_second"]
         assert r["speedup"] == pytest.approx(speedup)
@@ -351,7 +352,8 @@ def test_a_comparison_notices_a_text_that_differs(capsys):
     model = tiny_model()
     model.gpt.transformer.ln_f.register_forward_hook(  # disturb what is computed in blocks
         lambda module, x, h: -h if h.shape[1] > 1 else h)
-    records = compare(model, [NTP, LEAP], PROMPTS, 20, rounds=1, progress=False)
+    decoders = {method: decoder_of(model, method) for method in (NTP, LEAP)}
+    records = compare(decoders, PROMPTS, 20, rounds=1, progress=False)
     assert [r["identical"] for r in records] == [True, False]
     print_table(records)
     assert capsys.readouterr().out.count("DIFFERS") == 1

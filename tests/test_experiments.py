@@ -14,7 +14,7 @@ from decode import Decoder, drafting
 from experiments.bench_decode import step_seconds
 from experiments.lower_for_cuda import all_variants, count, name_of
 from experiments.own_text import write_own_text
-from experiments.rounding import check_rounding
+from experiments.rounding import check_rounding, flips
 from experiments.trace_page import brackets, html_page, trace
 from heads import draft_sources
 
@@ -39,8 +39,13 @@ def test_the_rounding_check_counts_every_token_of_every_method(run_folder):
                      "--methods", "1,2,3", "lookup", "--device", "cpu", "--temperatures", 0, 0.8)
     assert result.returncode == 0, result.stderr
     rows = [line.split() for line in result.stdout.splitlines()[1:]]
-    assert [r[0] for r in rows] == 2 * ["1", "1,2,3", "lookup"]
-    assert all(int(r[2]) + int(r[3]) == 48 and r[4] == "0" for r in rows)
+    assert [r[0] for r in rows] == 2 * ["1,2,3", "lookup"]
+    assert all(r[3:6] == ["2", "of", "2"] and r[-1] == "0" for r in rows)  # as padded NTP, neither
+    assert all(int(r[-3]) + int(r[-2]) == 48 for r in rows)
+
+
+def test_flips_are_counted_up_to_the_first_of_each_text():
+    assert flips([[1, 2, 3], [4, 5, 6]], [[1, 9, 9], [4, 5, 6]]) == (1, 5)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])

@@ -21,8 +21,7 @@ from model import GPT
 from test_model import save_gpt2
 from test_train import records
 
-# ----------------------------------------------------------------------------------------------
-# Data
+# ---- Data ------------------------------------------------------------------------------------
 
 @pytest.fixture
 def notes(tmp_path, monkeypatch):
@@ -104,8 +103,7 @@ def test_a_damaged_corpus_is_an_error(notes, name, old, new):
         Corpus("corpus")
 
 
-# ----------------------------------------------------------------------------------------------
-# Models, heads, training
+# ---- Models, heads, training -----------------------------------------------------------------
 
 def look_ahead_from(T, horizon, branches, position=None):
     idx = torch.zeros(1, T, dtype=torch.long)
@@ -221,7 +219,7 @@ def test_a_run_is_overwritten_only_on_demand_and_then_leaves_nothing_behind(corp
     assert [record["step"] for record in records(tmp_path, "loss")] == [1, 2]
 
 
-def test_what_would_be_another_run_is_not_resumed(run_folder, tmp_path):
+def test_what_would_be_another_run_is_not_resumed(run_folder, corpus, tmp_path):
     other = prepare.prepare(str(ROOT / "README.md"), out=tmp_path / "other")
     run = shutil.copytree(run_folder, tmp_path / "run")
     for options, words in ((["--seed", 1], "--seed --init"), (["--data", other], "the corpus")):
@@ -232,10 +230,11 @@ def test_what_would_be_another_run_is_not_resumed(run_folder, tmp_path):
     assert_one_line_error(command("train.py", "--resume", run), "no run to resume")
     result = command("train.py", "--init", run, "--data", other, "--out", tmp_path / "new")
     assert_one_line_error(result, "gpt2")  # 31 token ids cannot be bytes
+    result = command("train.py", "--init", run_folder, "--data", corpus, "--n-layer", 2)
+    assert_one_line_error(result, "--init has a shape", "n_layer")
 
 
-# ----------------------------------------------------------------------------------------------
-# Decoding, marginalisation
+# ---- Decoding, marginalisation ---------------------------------------------------------------
 
 @pytest.mark.parametrize("options, message", [
     (dict(offsets=(1, 6)), "no head for offset .6"), (dict(offsets=(2, 3)), "start with 1"),
@@ -303,8 +302,7 @@ def test_a_missing_or_foreign_run_is_one_line(script, run_folder, corpus, tmp_pa
     assert_one_line_error(command(script, tmp_path, "--data", corpus), "gpt2 token")
 
 
-# ----------------------------------------------------------------------------------------------
-# The world around: terminals, pipes, compilers, launchers
+# ---- The world around: terminals, pipes, compilers, launchers --------------------------------
 
 def test_a_measurement_is_shown_on_a_terminal_without_its_signs(run_folder, monkeypatch):
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")

@@ -28,8 +28,7 @@ def assert_same_logits(ours, theirs):
     torch.testing.assert_close(ours(idx), theirs(idx).logits, rtol=1e-4, atol=1e-4)
 
 
-# ----------------------------------------------------------------------------------------------
-# What a GPT computes
+# ---- What a GPT computes ---------------------------------------------------------------------
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_logits_equal_those_of_transformers(shape, tmp_path):
@@ -70,8 +69,7 @@ def test_dropout_acts_in_training_alone():
     assert not torch.equal(gpt.train()(idx), gpt(idx))
 
 
-# ----------------------------------------------------------------------------------------------
-# The cache: blocks of tokens, each row at its own position
+# ---- The cache: blocks of tokens, each row at its own position -------------------------------
 
 @torch.no_grad()
 def feed(gpt, cache, idx, start):
@@ -127,8 +125,7 @@ def test_a_slot_is_never_seen_before_it_is_written():
     assert_close(feed(gpt, cache, idx, 0), gpt(idx))
 
 
-# ----------------------------------------------------------------------------------------------
-# GPT-2's weights
+# ---- GPT-2's weights -------------------------------------------------------------------------
 
 def save_gpt2(gpt, folder, prefix=""):
     """Write a GPT as OpenAI's files hold GPT-2. -> the file of its tensors"""

@@ -106,7 +106,7 @@ def test_bfloat16_gradients_are_those_of_float32_up_to_rounding():
     idx = torch.randint(0, 257, (4, 33))
     losses = []
     gradients = []
-    for precision in (nullcontext(), train.bfloat16(torch.device("cpu"))):
+    for precision in (nullcontext(), torch.autocast("cpu", torch.bfloat16)):
         model.zero_grad()
         with precision:
             losses.append(joint_loss(model, idx, backward=True)[3].item())
@@ -115,8 +115,7 @@ def test_bfloat16_gradients_are_those_of_float32_up_to_rounding():
     assert F.cosine_similarity(*gradients, dim=0) > 0.98
 
 
-# ----------------------------------------------------------------------------------------------
-# Optimizers and recipes
+# ---- Optimizers and recipes ------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_each_parameter_has_one_optimizer_and_only_matrices_decay(name):
@@ -152,14 +151,14 @@ def test_muon_makes_the_updates_of_pytorchs_in_float32(shape, monkeypatch):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
 
 
-def test_orthogonalized_matrices_keep_their_directions_and_lose_their_lengths():
+@pytest.mark.parametrize("shape", [(12, 30), (30, 12)])
+def test_an_orthogonalized_matrix_keeps_its_directions_and_loses_its_lengths(shape):
     torch.manual_seed(0)
-    matrices = torch.randn(3, 12, 30)
-    for x, matrix in zip(train.orthogonalize(matrices).float(), matrices):
-        u, _, v = torch.linalg.svd(matrix, full_matrices=False)
-        x = u.T @ x @ v.T  # about the identity
-        assert ((0.6 < x.diag()) & (x.diag() < 1.25)).all()
-        assert (x - x.diag().diag()).abs().max() < 0.1
+    matrix = torch.randn(shape)
+    u, _, v = torch.linalg.svd(matrix, full_matrices=False)
+    x = u.T @ train.orthogonalize(matrix).float() @ v.T  # about the identity
+    assert ((0.6 < x.diag()) & (x.diag() < 1.25)).all()
+    assert (x - x.diag().diag()).abs().max() < 0.1
 
 
 def moved_by(model, args, steps):
@@ -214,34 +213,14 @@ def test_sequential_heads_with_weighted_hidden_states_learn_in_the_same_loop(cor
     assert start == [0.5, 0.5] and end != start
 
 
-# ----------------------------------------------------------------------------------------------
-# Heads on a model that exists
+# ---- Heads on a model that exists ------------------------------------------------------------
 
-@pytest.fixture(scope="module")
-def frozen(run_folder, corpus, tmp_path_factory):
-    """Heads on the frozen backbone of run_folder, and what train.py printed."""
-    out = tmp_path_factory.mktemp("runs") / "frozen"
-    return out, run("--data", corpus, "--out", out, "--init", run_folder, "--offsets", "1,2,6",
-                    "--backbone-lr", 0, "--steps", 4, *QUICK)
-
-
-def test_a_run_can_add_heads_to_the_frozen_backbone_of_another(frozen, run_folder):
-    out, _ = frozen
-    assert same_weights(load_checkpoint(run_folder)[0].gpt, load_checkpoint(out)[0].gpt)
-    start, end = (record["val_loss"] for record in records(out, "val_loss"))
+def test_a_run_can_add_heads_to_the_frozen_backbone_of_another(run_folder, corpus, tmp_path):
+    run("--data", corpus, "--out", tmp_path, "--init", run_folder, "--offsets", "1,2,6",
+        "--backbone-lr", 0, "--steps", 4, *QUICK)
+    assert same_weights(load_checkpoint(run_folder)[0].gpt, load_checkpoint(tmp_path)[0].gpt)
+    start, end = (record["val_loss"] for record in records(tmp_path, "val_loss"))
     assert end["6"] < start["6"]
-
-
-def test_a_run_says_what_next_token_prediction_lost_also_when_resumed(frozen, corpus, tmp_path):
-    out, printed = frozen
-    assert "NTP lost +0.0000 nats" in printed
-    options = ["--init", out, "--offsets", "1,2,6", "--lr", 0.1, "--steps", 3]
-    printed = run("--data", corpus, "--out", tmp_path, *options, *QUICK)
-    printed += run("--resume", tmp_path, "--steps", 5)
-    before, *later = (record["val_loss"]["1"] for record in records(tmp_path, "val_loss"))
-    assert len(later) == 2
-    for after in later:
-        assert f"NTP lost {after - before:+.4f} nats" in printed and after != before
 
 
 @pytest.mark.parametrize("options, kept", [
@@ -273,8 +252,7 @@ def test_a_run_can_start_from_gpt2_weights(corpus, tmp_path):
     assert same_weights(gpt, load_checkpoint(out)[0].gpt)
 
 
-# ----------------------------------------------------------------------------------------------
-# Stopping and going on
+# ---- Stopping and going on -------------------------------------------------------------------
 
 def long_run(corpus, out, steps, *options):
     """The options of a run with dropout that logs every step and saves every fourth."""
@@ -350,8 +328,7 @@ def test_numbers_that_are_not_finite_stop_a_run_and_the_advice_helps(copied):
     run(*advice, "--lr", 0.001)  # a quarter of 1e18 is too much still
 
 
-# ----------------------------------------------------------------------------------------------
-# Checkpoints, processes, progress
+# ---- Checkpoints, processes, progress --------------------------------------------------------
 
 def test_a_checkpoint_brings_back_the_same_model(tmp_path):
     model = tiny_model(kind="block", n_layer=2, whs=True, sequential=True)
