@@ -16,7 +16,7 @@ demo: .venv/installed
 	$(PY) data/prepare.py python
 	@if [ -f $(RUN)/checkpoint.pt ]; then $(PY) train.py --resume $(RUN); \
 	else $(PY) train.py --data data/python --out $(RUN) --offsets 1,2,3,4,5,7 --sequential \
-		--n-layer 4 --n-head 2 --n-embd 96 --steps 1200 --lr 1e-2; fi
+		--n-layer 4 --n-head 2 --n-embd 96 --steps 1000 --lr 1e-2; fi
 	TORCHINDUCTOR_VEC_ISA_OK=1 $(PY) decode.py $(RUN) --methods lookup 1,2,3,4 1,3,5,7 --prompts 8 \
 		--temperature 0 --out $(RUN)/table.json
 	@echo "next: $(PY) decode.py $(RUN) --prompt 'def main('    or, with sampled text: $(PY) decode.py $(RUN)"

@@ -157,6 +157,7 @@ class Decoder:
     seed: int = 0               # of the noise, modulo 2^32
     dtype: torch.dtype = None   # decode with a copy of the model in, say, torch.bfloat16
     compile: bool = False       # torch.compile the step, on CUDA replayed as one graph
+    autotune: bool = False      # on a CPU: faster, and slow to compile
     max_length: int = None      # of a text; None: the context (a smaller cache is faster)
     rows: int = 1               # pad a block to so many tokens: in 16 bits, blocks round alike if
     # they are equally long, so NTP padded like a method writes the same text
@@ -402,26 +403,26 @@ def compile_step(decoder):
 
 @contextmanager
 def cpu_kernels(decoder):
-    """While Inductor compiles, choose how a CPU multiplies matrices (docs/performance.md): by
-    Inductor's own kernels where that are few rows; else by oneDNN's, which pack large weights."""
-    from torch._inductor import config, select_algorithm  # slow to import
+    """While Inductor compiles, choose how a CPU multiplies matrices. Weights are frozen into the
+    program where that pays, in 16 bits and when they are large: oneDNN's kernels read such packed
+    weights at the speed of the memory. With autotune, the fastest kernel of each product is used,
+    oneDNN's or Inductor's own (measured in docs/performance.md)."""
     weight = decoder.model.gpt.lm_head.weight
-    small = weight.shape[1] < 384
-    few = decoder.batch_size * decoder.rows <= (16 if small else 4)
+    exact = weight.dtype == torch.float32
+    large = weight.shape[1] >= 384
+    options = dict(freezing=large or not exact or decoder.autotune)
     matmul = torch.backends.mkldnn.matmul
     precision = matmul.fp32_precision
-    options = dict(freezing=True)  # weights are constants, so they can be packed
-    if few:
-        options |= dict(max_autotune=True, max_autotune_gemm_backends="CPP,ATEN")
-        select_algorithm.add_preprocessing_fn(lambda choices: choices[:1])  # without trying them
-    elif weight.dtype == torch.float32 and not small:
-        matmul.fp32_precision = "tf32"  # else Inductor takes MKL, which is slow on AMD's CPUs
+    if decoder.autotune:
+        options |= dict(max_autotune=True, max_autotune_gemm_backends="CPP,ATEN",
+                        autotune_num_choices_displayed=0)  # does not print
+    elif large and exact:  # else Inductor takes MKL, which is slow on AMD's CPUs
+        matmul.fp32_precision = "tf32"
     try:
-        with config.patch(options):
+        with torch._inductor.config.patch(options):
             yield
     finally:
         matmul.fp32_precision = precision
-        select_algorithm.clear_preprocessing_fns()
 
 
 def captured(step, device):
@@ -557,7 +558,8 @@ def report(model, state, args):
     model = ready(model.to(device), getattr(torch, args.dtype))  # one copy for all decoders
     options = dict(sampling(args), batch_size=args.batch_size)
     Decoder(model, **options).check(prompts, n)  # before the work
-    options |= dict(max_length=length + n, compile=not args.eager and can_compile(device))
+    options |= dict(max_length=length + n, compile=not args.eager and can_compile(device),
+                    autotune=args.autotune)
     print(f"{args.run}: offsets {model.offsets}; {len(prompts)} prompts, {n} new tokens each, "
           f"{args.dtype} on {device}, {'compiled' if options['compile'] else 'eager'}")
     results = dict(environment=environment(device), args=vars(args))
@@ -650,6 +652,7 @@ def make_parser():
     p.option("batch-size", 1, "prompts decoded at once", least=1)
     p.option("rounds", 5, "timed repetitions; medians are shown", least=1)
     p.option("eager", False, "do not torch.compile the step")
+    p.option("autotune", False, "on a CPU: the fastest step, which takes a minute to compile")
     p.option("out", None, "also write the comparison as JSON", metavar="FILE")
     return p
 
@@ -664,7 +667,7 @@ def main(argv=None):
         if args.prompt is None:
             return report(model, state, args)
         parser.refuse(args, ["data", "prompts", "prompt_tokens", "batch_size", "rounds", "eager",
-                             "out"], "does not go with --prompt")
+                             "autotune", "out"], "does not go with --prompt")
         require(len(args.methods or [0]) == 1, "--prompt takes one of --methods")
         stream(model, state, args)
 

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 
-from common import (Parser, can_compile, corpus_of, has_native_bfloat16, load_checkpoint,
+from common import (Parser, corpus_of, has_native_bfloat16, load_checkpoint,
                     load_model, one_line_errors, pick_device, progress_bar, save_checkpoint)
 from data.loader import Corpus
 from data.prepare import InputError, require
@@ -47,8 +47,8 @@ def recipe(args, offsets, step):
 
 class Muon(torch.optim.Optimizer):
     """Momentum made orthogonal (Jordan et al. 2024): a step moves a matrix equally far in all
-    directions. Makes the updates of torch.optim.Muon with adjust_lr_fn="match_rms_adamw", which
-    computes them in bfloat16, slowly on CPUs that emulate it."""
+    directions. Makes the updates of torch.optim.Muon with adjust_lr_fn="match_rms_adamw", but for
+    all matrices of a group, which have one shape, at once, and not in emulated bfloat16."""
 
     def __init__(self, params, lr, weight_decay=0.1, momentum=0.95):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
@@ -57,36 +57,37 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         """Update all matrices that have a gradient."""
         for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
             momentum = group["momentum"]
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                if not state:
-                    state["momentum_buffer"] = torch.zeros_like(p)
-                mean = state["momentum_buffer"].lerp_(p.grad, 1 - momentum)
-                update = orthogonalize(p.grad.lerp(mean, momentum))  # Nesterov
-                # AdamW's updates have about this root mean square, so one lr suits both.
-                size = group["lr"] * 0.2 * math.sqrt(max(p.shape))
+            updates = []
+            for p in params:
+                mean = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                mean.lerp_(p.grad, 1 - momentum)
+                updates.append(p.grad.lerp(mean, momentum))  # Nesterov
+            # AdamW's updates have about this root mean square, so one lr suits both.
+            size = group["lr"] * 0.2 * math.sqrt(max(updates[0].shape))
+            for p, update in zip(params, orthogonalize(torch.stack(updates))):
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(update, alpha=-size)
 
 
-def orthogonalize(matrix):
-    """A matrix (rows, columns) U S V^T -> about U V^T, in bfloat16 or float32.
+def orthogonalize(matrices):
+    """(n, rows, columns) -> about U V^T of each U S V^T, in bfloat16 or float32.
 
     Five Newton-Schulz iterations x <- a x + b (x x^T) x + c (x x^T)^2 x map every singular value
     s to a s + b s^3 + c s^5, and bring all of them to about 0.7..1.2."""
-    native = has_native_bfloat16(matrix.device)
-    x = matrix.to(torch.bfloat16 if native else torch.float32)
-    tall = len(x) > len(x.T)
-    x = x.T if tall else x  # x x^T is then the smaller square
-    x = x / x.norm().clamp(min=1e-7)
+    native = has_native_bfloat16(matrices.device)
+    x = matrices.to(torch.bfloat16 if native else torch.float32)
+    tall = x.shape[1] > x.shape[2]
+    x = x.mT if tall else x  # x x^T is then the smaller square
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
-        gram = x @ x.T
-        polynomial = torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
-        x = torch.addmm(x, polynomial, x, beta=3.4445)
-    return x.T if tall else x
+        gram = x @ x.mT
+        polynomial = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, polynomial, x, beta=3.4445)
+    return x.mT if tall else x
 
 
 def make_optimizers(model, name, lr, weight_decay):
@@ -94,14 +95,15 @@ def make_optimizers(model, name, lr, weight_decay):
 
     "adamw": AdamW for all parameters, with weight decay on matrices only. "muon": Muon for the
     matrices inside layers and heads, AdamW for the rest (embeddings, norms, biases)."""
-    groups = {"adamw": {}, "muon": {}}  # of each optimizer: {part and decay: group}
+    groups = {"adamw": {}, "muon": {}}  # of each optimizer: {what they have in common: group}
     for key, p in model.named_parameters():
         part = "backbone" if key.startswith("gpt.") else "heads"
         decay = weight_decay if p.dim() == 2 else 0.0
         inner = p.dim() == 2 and "wte" not in key and "wpe" not in key
         kind = "muon" if inner and name == "muon" else "adamw"
         group = dict(params=[], part=part, weight_decay=decay)
-        groups[kind].setdefault((part, decay), group)["params"].append(p)
+        key = (part, decay, p.shape if kind == "muon" else None)
+        groups[kind].setdefault(key, group)["params"].append(p)
     optimizers = [torch.optim.AdamW(list(groups["adamw"].values()), lr=lr, betas=(0.9, 0.95))]
     if groups["muon"]:
         optimizers.append(Muon(list(groups["muon"].values()), lr=lr))
@@ -234,8 +236,6 @@ def train(args, model=None, state=None):
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
     fixed = dict(corpus=corpus.fingerprint(), tokenizer=corpus.tokenizer.name)
     first = restore(args, fixed, optimizers, state) if state else 0
-    for block in model.gpt.transformer.h if args.compile else []:
-        block.compile()  # one program for all layers
 
     def save(step):
         save_checkpoint(out / "checkpoint.pt", model, step=step, args=vars(args), **fixed,
@@ -283,7 +283,7 @@ def train(args, model=None, state=None):
 SHAPE = dict(n_layer="transformer layers", n_head="attention heads per layer", n_embd="width",
              block_size="context in tokens")
 RESUMED = {"steps", "lr", "warmup", "batch_size", "data", "eval_every", "eval_windows",
-           "log_every", "device", "dtype", "compile", "progress"}  # may change in a resumed run
+           "log_every", "device", "dtype", "progress"}  # may change in a resumed run
 
 
 def make_parser():
@@ -326,7 +326,6 @@ def make_parser():
     p.option("device", "auto", "auto, cpu, cuda, cuda:1 or mps")
     p.option("dtype", "auto", "bfloat16 is autocast; auto: if the hardware multiplies in it",
              choices=["auto", "float32", "bfloat16"])
-    p.option("compile", False, "torch.compile the layers (needs a C++ compiler)")
     p.option("eval-every", 500, "steps between validations, which also save", least=1)
     p.option("eval-windows", 64, "held-out windows per validation", least=1)
     p.option("log-every", 10, "steps between lines in metrics.jsonl", least=1)
@@ -342,8 +341,6 @@ def check_args(args):
     args.device = str(device)
     if args.dtype == "auto":
         args.dtype = "bfloat16" if has_native_bfloat16(device) else "float32"
-    require(not args.compile or can_compile(device), "torch.compile does not work here; it needs a "
-            "C++ compiler and Python's headers")
     require(args.backbone_lr or not args.head_warmup,
             "--head-warmup changes nothing while the backbone is frozen")
     both_train = args.backbone_lr and not args.head_warmup

@@ -200,7 +200,7 @@ def bench(args):
     """Measure, print and write every part."""
     device = pick_device(args.device)
     names = [args.run] if args.run else [*SIZES][:3 if device.type == "cuda" else 2]
-    options = dict(compile=not args.eager and can_compile(device))
+    options = dict(compile=not args.eager and can_compile(device), autotune=args.autotune)
     results = dict(environment=environment(device), args=vars(args), **options)
     for name in args.sizes or names:
         model, prompts = load(name, args, device)
@@ -234,6 +234,7 @@ def main(argv=None):
     p.option("device", "auto", "auto, cpu, cuda, cuda:1, mps")
     p.option("dtype", "float32", "of the weights", choices=["float32", "bfloat16"])
     p.option("eager", False, "do not torch.compile the step")
+    p.option("autotune", False, "on a CPU: the fastest steps, which take a minute to compile")
     p.option("out", None, "write the results as JSON, after every part", metavar="FILE")
     args = p.parse_args(argv)
     with one_line_errors("bench_decode.py"):
