@@ -69,34 +69,36 @@ def step_seconds(decoders, rounds):
     return [statistics.median(times) for times in zip(*found[1:])]  # the first touched all memory
 
 
-def latency_cases(methods, kinds, vocab_size):
-    """What bench_latency measures: a list of (heads, method, draft_vocab), NTP first."""
-    cases = [("", method, None) for method in ("NTP", "lookup") if method in ("NTP", *methods)]
+def latency_cases(methods, kinds, rows, vocab_size):
+    """What bench_latency measures: a list of (heads, method, draft_vocab, rows), NTP first."""
+    cases = [("", method, None, 1) for method in ("NTP", "lookup") if method in ("NTP", *methods)]
+    cases += [("", "NTP", None, n) for n in rows]
     for kind in kinds:
         for method in methods:
             if method not in ("NTP", "lookup"):
-                cases.append((kind, method, None))
+                cases.append((kind, method, None, 1))
                 if vocab_size > 2 * FEW:
-                    cases.append((kind, method, FEW))
+                    cases.append((kind, method, FEW, 1))
     return cases
 
 
 def bench_latency(gpt, args, options):
     """-> a dict for each batch size and case"""
     weight = gpt.lm_head.weight
-    cases = latency_cases(args.methods, args.heads, len(weight))
+    cases = latency_cases(args.methods, args.heads, args.rows, len(weight))
     rows = []
     for batch in args.batches:
         decoders = []
-        for kind, method, few in progress_bar(cases, desc=f"prepare batch {batch}", unit="decoder"):
+        for kind, method, few, n in progress_bar(cases, desc=f"prepare batch {batch}"):
             model = MultiTokenGPT(gpt, HeadsConfig(OFFSETS, sequential=kind == "sequential"))
             decoders.append(Decoder(
                 model.to(weight.device, weight.dtype).eval(), batch_size=batch, max_length=LENGTH,
-                draft_vocab=few and range(few), **options, **drafting(METHODS[method], OFFSETS)))
+                draft_vocab=few and range(few), rows=n, **options,
+                **drafting(METHODS[method], OFFSETS)))
         seconds = step_seconds(decoders, args.rounds)
-        for (kind, method, few), t in zip(cases, seconds):
+        for decoder, (kind, method, few, _), t in zip(decoders, cases, seconds):
             rows.append(dict(batch=batch, heads=kind, method=method, draft_vocab=few or "all",
-                             ms=1e3 * t, cost=t / seconds[0]))
+                             rows=decoder.rows, ms=1e3 * t, cost=t / seconds[0]))
     return rows
 
 
@@ -142,6 +144,11 @@ def bench_texts(model, prompts, args, options):
     theirs = transformers_model(model.gpt)
     writers = {"transformers": partial(theirs_writes, theirs),
                "transformers, lookup": partial(theirs_writes, theirs, prompt_lookup_num_tokens=8)}
+    if options["compile"]:
+        fast = transformers_model(model.gpt)
+        fast.forward = torch.compile(fast.forward, dynamic=False)
+        writers["transformers, compiled"] = partial(theirs_writes, fast,
+                                                    cache_implementation="static")
     for name in progress_bar(dict.fromkeys(["NTP", *args.methods]), desc="prepare", unit="decoder"):
         method = METHODS[name]
         if method == "lookup" or set(parse_offsets(method)) <= set(model.offsets):
@@ -155,18 +162,16 @@ def bench_texts(model, prompts, args, options):
             written[name].append(write(prompt))
             seconds[name].append(clock(device) - begin)
 
-    def speedup(name, over):  # without the first text, which touched all memory
-        return statistics.median(a / b for a, b in zip(seconds[over][1:], seconds[name][1:]))
     rows = []
     for name in writers:
         per_step = NEW * len(written[name]) / sum(steps for _, steps in written[name])
-        gain = speedup(name, "NTP")
+        pairs = zip(seconds["NTP"][1:], seconds[name][1:])  # the first touched all memory
+        gain = statistics.median(ntp / own for ntp, own in pairs)
         same = all(a == b for (a, _), (b, _) in zip(written[name], written["NTP"]))
         rows.append({
             "method": name, "tokens/step": per_step,
             "tokens/s": NEW / statistics.median(seconds[name][1:]), "speedup": gain,
             "step cost": per_step / gain, "speedup / (tokens/step)": gain / per_step,
-            "over transformers": speedup(name, "transformers"),
             "text": "identical" if same else "DIFFERS"})
     return rows
 
@@ -227,6 +232,7 @@ def main(argv=None):
              nargs="+", choices=["latency", "texts"])
     p.option("methods", [*METHODS], "which", nargs="+", choices=[*METHODS])
     p.option("heads", kinds, "of latency", nargs="+", choices=kinds)
+    p.option("rows", [], "also time NTP in blocks padded to so many rows", nargs="+", type=int)
     p.option("batches", [1, 8], "batch sizes of latency", nargs="+", type=int, least=1)
     p.option("data", None, "corpus of the run's prompts; default: the one trained on")
     p.option("prompts", 2, "texts", least=1)

@@ -43,7 +43,7 @@ if [ "$CALL" = 1 ]; then
     compare gpu float32
     compare gpu bfloat16
     bench bench_cuda_124M 120 --sizes 124M --methods MTP leap --parts texts latency \
-        --heads independent --batches 1
+        --heads independent --batches 1 --rows 4 8 16  # if these cost the same, always pad
 else
     bench bench_cuda_1.5B 180 --sizes 1.5B --methods leap --heads independent --batches 1
     train gpu_sequential --sequential

@@ -5,6 +5,7 @@ comparison, compiled steps, the command line."""
 import itertools
 import json
 import math
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -348,6 +349,24 @@ def test_a_comparison_has_a_record_per_method_and_finds_the_texts_identical():
         assert r["step_cost"] == pytest.approx(r["tokens_per_step"] / speedup)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_padding_changes_no_text_and_no_draft(kind):
+    for method in (NTP, MTP):
+        g, padded = [decoder_of(tiny_model(**kind), method, rows=rows).generate(PROMPTS, 40)
+                     for rows in (1, 9)]
+        assert (padded.tokens, padded.distances) == (g.tokens, g.distances)
+
+
+def test_in_16_bits_a_text_is_compared_with_that_of_ntp_in_equally_long_blocks():
+    def disturb(module, x, h):  # what is computed in blocks, as rounding may
+        return -h if h.shape[1] > 1 else h
+    model = tiny_model()
+    model.gpt.transformer.ln_f.register_forward_hook(disturb)
+    decoders = {method: decoder_of(model, method, dtype=torch.bfloat16) for method in (NTP, LEAP)}
+    records = compare(decoders, [[1, 2]], 20, rounds=1, progress=False)
+    assert [r["identical"] for r in records] == [True, True]
+
+
 def test_a_comparison_notices_a_text_that_differs(capsys):
     model = tiny_model()
     model.gpt.transformer.ln_f.register_forward_hook(  # disturb what is computed in blocks
@@ -391,6 +410,22 @@ def test_a_new_decoder_uses_the_weights_that_the_model_has_now():
         with torch.no_grad():
             for p in model.parameters():
                 p.add_(0.1 * torch.randn_like(p))
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_in_bfloat16_every_method_emits_the_text_of_ntp_in_equally_long_blocks(temperature):
+    prompts = torch.randint(31, (200, 8), generator=torch.Generator().manual_seed(0)).tolist()
+    options = dict(dtype=torch.bfloat16, compile=True, temperature=temperature, batch_size=8)
+    expected = {}
+    for kind, methods in ((dict(sequential=True), [MTP, LEAP]), ({}, [MTP, LEAP, "lookup"])):
+        for method in methods:  # all on the same GPT
+            decoder = decoder_of(tiny_model(**kind), method, **options)
+            if decoder.rows not in expected:
+                ntp = replace(decoder, offsets=(1,), lookup=0)
+                expected[decoder.rows] = ntp.generate(prompts, 40).tokens
+            assert decoder.generate(prompts, 40).tokens == expected[decoder.rows]
 
 
 @pytest.mark.cuda
