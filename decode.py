@@ -159,8 +159,7 @@ class Decoder:
     compile: bool = False       # torch.compile the step, on CUDA replayed as one graph
     autotune: bool = False      # on a CPU: faster, and slow to compile
     max_length: int = None      # of a text; None: the context (a smaller cache is faster)
-    rows: int = 1               # pad a block to so many tokens: in 16 bits, blocks round alike if
-    # they are equally long, so NTP padded like a method writes the same text
+    rows: int = 1               # pad a block to so many tokens: equally long blocks round alike
     draft_vocab: list = None    # the only token ids that heads draft, such as the most frequent
     # ones: cheaper where the vocabulary is large, and still the same text (arXiv 2502.14856)
 

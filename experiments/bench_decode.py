@@ -19,6 +19,7 @@ but by the fixed cost of launching each operation.
 
 The methods take turns within one run, and medians are shown.
 """
+import itertools
 import statistics
 import sys
 from functools import partial
@@ -60,45 +61,55 @@ def seconds_of(f, times, device):
 
 @torch.no_grad()
 def step_seconds(decoders, rounds):
-    """The median time of a step of each decoder, in turns. A finished text does the same work as
-    one that is being written, and stays as it is."""
+    """The median time of a step of each decoder, in turns of 50 ms or more, so that small weights
+    stay in a CPU's caches as they do in a text. A finished text does the same work as one that is
+    being written, and stays as it is."""
     for decoder in decoders:
         decoder.position.fill_(decoder.max_length // 2)
         decoder.limit.copy_(decoder.position)
-    found = [[seconds_of(d.run_step, 10, d.device) for d in decoders] for _ in range(1 + rounds)]
-    return [statistics.median(times) for times in zip(*found[1:])]  # the first touched all memory
+    first = [seconds_of(d.run_step, 10, d.device) for d in decoders]  # also touches all memory
+    times = [max(10, int(0.05 / t)) for t in first]
+    found = [[seconds_of(d.run_step, n, d.device) for d, n in zip(decoders, times)]
+             for _ in range(rounds)]
+    return [statistics.median(seconds) for seconds in zip(*found)]
 
 
-def latency_cases(methods, kinds, rows, vocab_size):
-    """What bench_latency measures: a list of (heads, method, draft_vocab, rows), NTP first."""
-    cases = [("", method, None, 1) for method in ("NTP", "lookup") if method in ("NTP", *methods)]
-    cases += [("", "NTP", None, n) for n in rows]
-    for kind in kinds:
-        for method in methods:
+def latency_cases(args, vocab_size):
+    """What bench_latency measures: a list of (autotune, heads, method, draft_vocab, rows), NTP
+    first."""
+    cases = []
+    for autotune in sorted({False, args.autotune}):
+        plain = ["NTP", *(["lookup"] if "lookup" in args.methods else [])]
+        cases += [(autotune, "", method, None, 1) for method in plain]
+        cases += [(autotune, "", "NTP", None, rows) for rows in args.rows]
+        for kind, method in itertools.product(args.heads, args.methods):
             if method not in ("NTP", "lookup"):
-                cases.append((kind, method, None, 1))
+                cases.append((autotune, kind, method, None, 1))
                 if vocab_size > 2 * FEW:
-                    cases.append((kind, method, FEW, 1))
+                    cases.append((autotune, kind, method, FEW, 1))
     return cases
 
 
 def bench_latency(gpt, args, options):
-    """-> a dict for each batch size and case"""
+    """-> a dict for each batch size and case; cost: in steps of NTP, autotuned or not like it"""
     weight = gpt.lm_head.weight
-    cases = latency_cases(args.methods, args.heads, args.rows, len(weight))
+    cases = latency_cases(args, len(weight))
     rows = []
     for batch in args.batches:
         decoders = []
-        for kind, method, few, n in progress_bar(cases, desc=f"prepare batch {batch}"):
+        for autotune, kind, method, few, n in progress_bar(cases, desc=f"prepare batch {batch}"):
             model = MultiTokenGPT(gpt, HeadsConfig(OFFSETS, sequential=kind == "sequential"))
             decoders.append(Decoder(
                 model.to(weight.device, weight.dtype).eval(), batch_size=batch, max_length=LENGTH,
-                draft_vocab=few and range(few), rows=n, **options,
+                draft_vocab=few and range(few), rows=n, **options | dict(autotune=autotune),
                 **drafting(METHODS[method], OFFSETS)))
+        ntp = {}
         seconds = step_seconds(decoders, args.rounds)
-        for decoder, (kind, method, few, _), t in zip(decoders, cases, seconds):
-            rows.append(dict(batch=batch, heads=kind, method=method, draft_vocab=few or "all",
-                             rows=decoder.rows, ms=1e3 * t, cost=t / seconds[0]))
+        for decoder, (autotune, kind, method, few, _), t in zip(decoders, cases, seconds):
+            ntp.setdefault(autotune, t)
+            rows.append(dict(batch=batch, autotune=autotune, heads=kind, method=method,
+                             draft_vocab=few or "all", rows=decoder.rows, ms=1e3 * t,
+                             cost=t / ntp[autotune]))
     return rows
 
 
@@ -240,7 +251,8 @@ def main(argv=None):
     p.option("device", "auto", "auto, cpu, cuda, cuda:1, mps")
     p.option("dtype", "float32", "of the weights", choices=["float32", "bfloat16"])
     p.option("eager", False, "do not torch.compile the step")
-    p.option("autotune", False, "on a CPU: the fastest steps, which take a minute to compile")
+    p.option("autotune", False, "on a CPU: latency also of autotuned steps, which take a minute "
+             "to compile; texts only with them")
     p.option("out", None, "write the results as JSON, after every part", metavar="FILE")
     args = p.parse_args(argv)
     with one_line_errors("bench_decode.py"):

@@ -16,8 +16,6 @@ import statistics
 import sys
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
 from common import (Parser, check_output, corpus_of, environment, load_checkpoint,

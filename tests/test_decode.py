@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from common import can_compile, load_checkpoint, save_checkpoint
-from conftest import command, process, tiny_gpt, tiny_model
+from conftest import command, process, tiny_model
 from decode import (Decoder, accepted_drafts, compare, default_methods, drafting, filter_logits,
                     generate_reference, look_up, paint, print_table, real_text_steps)
 from heads import draft_sources

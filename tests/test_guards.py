@@ -14,7 +14,7 @@ from conftest import ROOT, TINY, assert_one_line_error, command, process, tiny_g
 from data import prepare
 from data.loader import Corpus
 from data.prepare import InputError
-from decode import Decoder, compare, drafting
+from decode import Decoder, drafting
 from heads import HeadsConfig, check_offsets, parse_offsets
 from marginalize import evaluation_positions, marginalize
 from model import GPT

@@ -7,7 +7,7 @@ from conftest import assert_one_line_error, command, tiny_model
 from test_decode import FEW, PROMPTS, decoder_of, needs_compiler, plain_text
 
 from data.prepare import InputError
-from decode import Decoder, accepted_drafts
+from decode import accepted_drafts
 from experiments.trees import (Node, TreeDecoder, draft_ranks, grow, simulate, step_begins,
                                tree_tables)
 from heads import draft_sources
