@@ -386,7 +386,7 @@ def compile_step(decoder):
     # torch.compile keeps programs with a function's code object, searches them at each call and
     # gives up after eight. A copy of the code has one program, which needs no guards.
     step = type(decoder).step
-    step = FunctionType(step.__code__.replace(), step.__globals__, "step")
+    step = FunctionType(step.__code__.replace(), step.__globals__, "step", None, step.__closure__)
     options = dict(guard_filter_fn=lambda guards: [False] * len(guards))
     cuda = decoder.device.type == "cuda"
     if cuda:
@@ -565,7 +565,7 @@ def report(model, state, args):
     for temperature in sorted({0.0, args.temperature}):
         options["temperature"] = temperature
         decoders = {method: Decoder(model, **options, **sources)
-                    for method, sources in progress_bar(draftings.items(), desc="compile")}
+                    for method, sources in progress_bar(draftings.items(), desc="make decoders")}
         records = compare(decoders, prompts, n, args.rounds)
         title = f"sampled text, temperature {temperature:g}" if temperature else "greedy text"
         print(f"\n{title}")
@@ -575,7 +575,8 @@ def report(model, state, args):
     print(f"\nreal text, held out of {corpus.folder.name}: tokens per step")
     results["real text"] = {}
     for method, sources in draftings.items():
-        steps = real_text_steps(accepted_drafts(model, windows=windows, **sources))
+        accepted = accepted_drafts(model, windows=windows, **sources)
+        steps = real_text_steps(accepted, min(16, context // 4))
         results["real text"][method] = steps.tokens_per_step
         print(f"{METHODS.get(method, ''):8}{method:14}{steps.tokens_per_step:11.2f}")
     write_results(args.out, results)
@@ -651,7 +652,7 @@ def make_parser():
     p.option("batch-size", 1, "prompts decoded at once", least=1)
     p.option("rounds", 5, "timed repetitions; medians are shown", least=1)
     p.option("eager", False, "do not torch.compile the step")
-    p.option("autotune", False, "on a CPU: the fastest step, which takes a minute to compile")
+    p.option("autotune", False, "on a CPU: the fastest step; half a minute more to compile")
     p.option("out", None, "also write the comparison as JSON", metavar="FILE")
     return p
 

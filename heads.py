@@ -340,6 +340,6 @@ class DraftHeads:
         return torch.vmap(run_one, out_dims=2)(self.stacked)
 
     def logits_after(self, z, i, previous):
-        """z (B, 1, 3C) from `alone`, of the i-th head; previous (B, 1): the token before the one
-        that it drafts -> logits (B, 1, K)"""
+        """z (B, 1, 3C) from `alone`, of the i-th head; previous (B, n): the token before the one
+        that it drafts, or several in its place -> logits (B, n, K)"""
         return self.unembed(self.heads[i].reader(z, self.tables[i][previous]))

@@ -128,7 +128,7 @@ def make_model(args, corpus):
         require(args.backbone_lr, "--backbone-lr 0 freezes an untrained backbone; --init gives one")
         gpt = GPT(GPTConfig(vocab_size=corpus.vocab_size, dropout=args.dropout, **shape))
         return MultiTokenGPT(gpt, config)
-    require(not shape, f"--init has a shape, which {', '.join(shape)} cannot change")
+    require(not shape, f"--init has a shape, without {', '.join(shape)}")
     found, state = load_model(args.init)
     corpus_of(args.init, found, state, corpus.folder)
     model = MultiTokenGPT(found.gpt, config)
@@ -207,11 +207,16 @@ def signals_received():
 
 
 def restore(args, fixed, optimizers, state):
-    """Take up a checkpoint's state. -> the next step. Raises InputError for another corpus."""
+    """Take up a checkpoint's state. -> the next step. Raises InputError for another corpus, or for
+    the checkpoint of an older train.py."""
     require(state["corpus"] == fixed["corpus"], f"{args.data} is not the corpus that this run was "
             "started on; name that one with --data")
-    for optimizer, saved in zip(optimizers, state["optimizers"]):
-        optimizer.load_state_dict(saved)
+    try:
+        for optimizer, saved in zip(optimizers, state["optimizers"]):
+            optimizer.load_state_dict(saved)
+    except ValueError as error:
+        raise InputError(f"{args.out} was saved by another train.py; start a run from it with "
+                         f"--init ({error})") from None
     if state["changed"]:
         print(f"resumed at step {state['step']} with {state['changed']}", flush=True)
         log(args, step=state["step"], changed=state["changed"])
@@ -337,6 +342,7 @@ def check_args(args):
     """Parse the offsets and fill in "auto", in place. Raises InputError for impossible values."""
     if isinstance(args.offsets, str):
         args.offsets = parse_offsets(args.offsets)
+    require(args.dropout < 1, "--dropout must be less than 1")
     device = pick_device(args.device)
     args.device = str(device)
     if args.dtype == "auto":
@@ -353,15 +359,18 @@ def resume(parser, argv, path):
     state. Raises InputError for a setting that would make it another run."""
     model, state = load_checkpoint(path)
     require("args" in state, f"{path} holds a model but no run to resume")
-    folder = path if Path(path).is_dir() else Path(path).parent
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
     saved = state["args"] | dict(resume=path, out=str(folder))
     parser.set_defaults(**saved)
     args = parser.parse_args(argv)
+    args.out = str(Path(args.out))
+    args.data = str(Corpus(args.data).folder)
     check_args(args)
-    state["changed"] = {name: value for name, value in vars(args).items() if value != saved[name]}
+    state["changed"] = {name: value for name, value in vars(args).items()
+                        if value != saved.get(name, value)}
     for name in state["changed"].keys() - RESUMED:
-        raise InputError(f"--{name.replace('_', '-')} would make it another run; start one with "
-                         f"--init {path}")
+        raise InputError(f"--{name.replace('_', '-')} does not go with --resume; another run would "
+                         f"start with --init {path}")
     return args, model, state
 
 

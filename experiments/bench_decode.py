@@ -15,7 +15,8 @@ but by the fixed cost of launching each operation.
   vocabulary is large, also with drafts among 8,192 tokens, because each draft of a sequential head
   reads the unembedding once more.
 - texts: whole greedy texts, beside transformers' generate, which has prompt lookup, too. Speedup /
-  tokens per step would be 1 if drafting were free.
+  tokens per step would be 1 if drafting were free. In 16 bits a text may differ by rounding:
+  decode.py compares it with that of NTP in equally long blocks.
 
 The methods take turns within one run, and medians are shown.
 """
@@ -251,8 +252,8 @@ def main(argv=None):
     p.option("device", "auto", "auto, cpu, cuda, cuda:1, mps")
     p.option("dtype", "float32", "of the weights", choices=["float32", "bfloat16"])
     p.option("eager", False, "do not torch.compile the step")
-    p.option("autotune", False, "on a CPU: latency also of autotuned steps, which take a minute "
-             "to compile; texts only with them")
+    p.option("autotune", False, "on a CPU: latency also of autotuned steps, texts only with "
+             "them; half a minute more to compile each")
     p.option("out", None, "write the results as JSON, after every part", metavar="FILE")
     args = p.parse_args(argv)
     with one_line_errors("bench_decode.py"):

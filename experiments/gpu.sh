@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # What only a CUDA device can show, the most valuable first. A failure does not stop the rest. All
-# results of a call, which takes at most 6 minutes, go into one tar file. PYTHON=... chooses the
-# interpreter; it needs the packages of '.[test]'. Call 2 uses the model of call 1, if it is there.
-#     bash experiments/gpu.sh 1 call1.tar  # tests; the demo's model; 124M
-#     bash experiments/gpu.sh 2 call2.tar  # 1.5B; sequential heads; rounding
+# results of a part, which ends after 6 minutes, go into one tar file. PYTHON=... chooses the
+# interpreter; it needs the packages of '.[test]'. Part 2 uses the model of part 1, if it is there.
+#     bash experiments/gpu.sh 1 part1.tar  # tests; the demo's model; 124M
+#     bash experiments/gpu.sh 2 part2.tar  # 1.5B; sequential heads; rounding
 set -uo pipefail
-CALL=${1:?which call, 1 or 2}
+PART=${1:?which part, 1 or 2}
 TAR=$(realpath -m "${2:?the tar file to write}")
 cd "$(dirname "$0")/.."
 PY=${PYTHON:-python}
@@ -17,7 +17,7 @@ try() {  # NAME SECONDS ARGUMENTS...: run Python for at most SECONDS; keep what 
     local left=$((END - SECONDS)) start=$SECONDS
     timeout -k 5 $((left < 1 ? 1 : left < $2 ? left : $2)) "$PY" "${@:3}" 2>&1 | tee "$OUT/$1.log"
     echo "== $1: status ${PIPESTATUS[0]}, $((SECONDS - start)) s" | tee -a "$OUT/calls.log"
-    tar -C "$OUT" -cf "$TAR" .  # what is there, in case that the call is cut short
+    tar -C "$OUT" -cf "$TAR" .  # what is there, in case that the part is cut short
 }
 bench() {  # NAME SECONDS OPTIONS...
     try "$1" "$2" experiments/bench_decode.py --device cuda --dtype bfloat16 \
@@ -37,12 +37,12 @@ compare() {  # RUN DTYPE
     exit 2
 }
 [ -f data/python/meta.json ] || try corpus 60 data/prepare.py python
-if [ "$CALL" = 1 ]; then
+if [ "$PART" = 1 ]; then
     try tests 90 -m pytest -m cuda -rs
     train gpu
     compare gpu float32
     compare gpu bfloat16
-    bench bench_cuda_124M 120 --sizes 124M --methods MTP leap --parts texts latency \
+    bench bench_cuda_124M 120 --sizes 124M --methods MTP leap --parts latency texts \
         --heads independent --batches 1 --rows 4 8 16  # if these cost the same, always pad
 else
     bench bench_cuda_1.5B 180 --sizes 1.5B --methods leap --heads independent --batches 1

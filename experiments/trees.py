@@ -3,10 +3,10 @@
     python experiments/trees.py runs/demo             # finds this machine's best tree for a run
     python experiments/trees.py runs/demo --decode    # compares it with the chains
 
-In a chain, all that follows a wrong draft is lost. A tree (Medusa, Cai et al. 2024; L-MTP's own
-decoder uses trees, too) holds alternatives: the second-best token, or what another head says, each
-with drafts of its own after it. One forward pass verifies all of them, because a node sees its
-ancestors only. The longest right path is accepted, and its keys and values are kept.
+In a chain, all that follows a wrong draft is lost. A tree (Medusa, Cai et al. 2024) holds
+alternatives: the second-best token, or what another head says, each with drafts of its own after
+it. One forward pass verifies all, because a node sees its ancestors only. The longest right path is
+accepted, and its keys and values are kept.
 """
 import json
 import sys
@@ -204,10 +204,10 @@ def find(args, model, corpus):
     """Grow a tree on the first half of the held-out text, time it, and write its best part."""
     windows = corpus.windows("val", 128, model.gpt.config.block_size)[:64].to(args.device)
     tree, tokens_per_step = grow(draft_ranks(model, windows), args.nodes, max(model.offsets))
-    sizes = [n for n in range(1, args.nodes + 1) if n < 5 or n % 3 == 0]
-    decoders = [Decoder(model, (1,), compile=args.compile)]
-    for n in progress_bar(sizes, desc="compile", unit="tree"):
-        decoders.append(TreeDecoder(model, tree[:n], compile=args.compile))
+    sizes = [n for n in range(1, args.nodes + 1) if n < 5 or n % 3 == 0 or n == args.nodes]
+    trees = [TreeDecoder(model, tree[:n], compile=args.compile)
+             for n in progress_bar(sizes, desc="compile", unit="tree")]
+    decoders = [Decoder(model, (1,), compile=args.compile), *trees]
     ntp, *seconds = bench_decode.step_seconds(decoders, rounds=9)
     rows = [{"nodes": n, "tokens/step": tokens_per_step[n], "step cost": t / ntp,
              "speedup": tokens_per_step[n] * ntp / t} for n, t in zip(sizes, seconds)]

@@ -1,4 +1,4 @@
-"""Lesson 6: the laboratory. Whether rounding changed a text, text that a model writes itself, what
+"""The laboratory. Whether rounding changed a text, text that a model writes itself, what
 a step drafted, and benchmarks that compare like with like."""
 import json
 import re

@@ -202,6 +202,7 @@ def test_a_disk_that_is_full_leaves_the_previous_checkpoint(tmp_path):
     ("--n-embd 31", "n_head"), ("--n-embd 1000000000 --n-head 1", "memory"),
     ("--block-size 90000", "90001"), ("--device tpu", "not available"), ("--steps 0", "--steps"),
     ("--lr nan", "--lr"), ("--init no/such", "--init has a shape"), ("--out README.md", "--out"),
+    ("--dropout 1", "--dropout"),
     ("--backbone-lr 0", "untrained"), ("--backbone-lr 0 --offsets 1", "heads must train"),
     ("--head-warmup 5 --offsets 1", "heads must train"),
     ("--head-warmup 5 --head-weight 0", "heads must train --head-weight")])

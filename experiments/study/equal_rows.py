@@ -6,7 +6,7 @@ A step that verifies more drafts costs more, so three adjacent heads (a chain of
 be compared with three leaping ones (a chain of 7). Here trees of 4, 7, 10 and 16 rows are grown
 from MTP's heads, from leap's and from all, on one half of the held-out text, and write the other
 half: tokens per step on real text, by teacher forcing. Models are the demo's, trained from scratch
-with independent and with sequential heads, on three corpora, with several seeds.
+with independent and with sequential heads, on two corpora, with several seeds.
 """
 import itertools
 import sys
@@ -115,10 +115,12 @@ def main(argv=None):
     args = p.parse_args(argv)
     with one_line_errors("equal_rows.py"):
         check_output(args.out)
-        try:
-            import matplotlib.pyplot as plt
-        except ImportError:
-            raise InputError("the figure needs a package: pip install matplotlib") from None
+        plt = None
+        if args.out:
+            try:
+                import matplotlib.pyplot as plt
+            except ImportError:
+                raise InputError("the figure needs a package: pip install matplotlib") from None
         run_all(args, plt)
 
 
