@@ -74,13 +74,14 @@ def draw(rows, plt, path):
         if i == len(HEADS) - 1:
             axis.set_xlabel("verified rows")
     for axis in axes[:, 0]:
-        axis.set_ylabel("tokens per step, real text (higher is better)")
+        axis.set_ylabel("tokens per step (higher is better)")
     axes[0, 0].legend(fontsize=8)
     figure.savefig(path, dpi=110)
 
 
 def run_all(args, plt):
     """Train and measure every model; write the results after each, and the figure."""
+    results = dict(environment=environment(pick_device(args.device)), rows=[], args={**vars(args)})
     combinations = list(itertools.product(args.corpora, args.seeds, HEADS.items()))
     runs = []
     for corpus, seed, (heads, options) in combinations:
@@ -88,7 +89,6 @@ def run_all(args, plt):
         out = Path(args.folder, f"{Path(corpus).stem}-{heads}-{seed}")
         train_once(out, args, "--offsets", OFFSETS, *SHAPE, *options, "--seed", str(seed))
         runs.append(out)
-    results = dict(environment=environment(pick_device(args.device)), args=vars(args), rows=[])
     for (corpus, seed, (heads, _)), out in zip(combinations, runs):
         methods = measure_run(out, args)
         name = Path(corpus).stem
