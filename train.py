@@ -128,7 +128,7 @@ def make_model(args, corpus):
         require(args.backbone_lr, "--backbone-lr 0 freezes an untrained backbone; --init gives one")
         gpt = GPT(GPTConfig(vocab_size=corpus.vocab_size, dropout=args.dropout, **shape))
         return MultiTokenGPT(gpt, config)
-    require(not shape, f"--init has a shape, without {', '.join(shape)}")
+    require(not shape, f"no {', '.join(shape)} with --init, whose model has a shape")
     found, state = load_model(args.init)
     corpus_of(args.init, found, state, corpus.folder)
     model = MultiTokenGPT(found.gpt, config)

@@ -6,7 +6,7 @@ A step that verifies more drafts costs more, so three adjacent heads (a chain of
 be compared with three leaping ones (a chain of 7). Here trees of 4, 7, 10 and 16 rows are grown
 from MTP's heads, from leap's and from all, on one half of the held-out text, and write the other
 half: tokens per step on real text, by teacher forcing. Models are the demo's, trained from scratch
-with independent and with sequential heads, on two corpora, with several seeds.
+with independent and with sequential heads, on three corpora, with several seeds.
 """
 import itertools
 import sys
@@ -106,7 +106,7 @@ def main(argv=None):
     p = Parser(prog="equal_rows.py", description="Tokens per step of chains and trees that verify "
                "equally many rows, on real text.")
     p.option("folder", "runs/rows", "of the runs; those that are finished are kept")
-    p.option("corpora", ["python", "logs"], "as for data/prepare.py", nargs="+")
+    p.option("corpora", ["python", "shakespeare", "logs"], "as for data/prepare.py", nargs="+")
     p.option("seeds", [0, 1, 2], "of the models", nargs="+", type=int)
     p.option("steps", 1200, "of training", least=1)
     p.option("windows", 64, "of each half of the held-out text", least=1)
