@@ -305,7 +305,7 @@ class DraftHeads:
         weight = model.gpt.lm_head.weight.detach()  # also the embedding
         self.unembed = model.gpt.lm_head
         if vocab is not None:
-            self.unembed = nn.Linear(*weight[vocab].T.shape, bias=False)
+            self.unembed = nn.Linear(weight.shape[1], len(vocab), bias=False)
             self.unembed.weight = nn.Parameter(weight[vocab], requires_grad=False)
         if self.heads and not self.attending:  # {name: (H, ...)}
             named = [dict(head.named_parameters()) for head in self.heads]

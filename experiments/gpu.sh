@@ -25,7 +25,7 @@ bench() {  # NAME SECONDS OPTIONS...
 }
 train() {  # RUN OPTIONS...
     try "train_$1" 80 train.py --data data/python --out "runs/$1" --offsets 1,2,3,4,5,7 \
-        --n-layer 4 --n-head 2 --n-embd 96 --steps 1200 --lr 1e-2 --device cuda --overwrite "${@:2}"
+        --n-layer 4 --n-head 2 --n-embd 96 --steps 1000 --lr 1e-2 --device cuda --overwrite "${@:2}"
 }
 compare() {  # RUN DTYPE
     try "decode_$1_$2" 80 decode.py "runs/$1" --device cuda --dtype "$2" --temperature 0 \
