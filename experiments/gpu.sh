@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
 # What only a CUDA device can show, the most valuable first. A failure does not stop the rest. All
 # results of a part, which ends after 6 minutes, go into one tar file. PYTHON=... chooses the
-# interpreter; it needs the packages of '.[test]'. Part 2 uses the model of part 1, if it is there.
-#     bash experiments/gpu.sh 1 part1.tar  # tests; the demo's model; 124M
-#     bash experiments/gpu.sh 2 part2.tar  # 1.5B; sequential heads; rounding
+# interpreter; it needs the packages of '.[test]'.
+#     bash experiments/gpu.sh 1 part1.tar  # the demo's model, rounding, tests
+#     bash experiments/gpu.sh 2 part2.tar  # steps of 124M and 1.5B, beside transformers
 set -uo pipefail
 PART=${1:?which part, 1 or 2}
 TAR=$(realpath -m "${2:?the tar file to write}")
 cd "$(dirname "$0")/.."
 PY=${PYTHON:-python}
 OUT=$(mktemp -d)
-END=$((SECONDS + 350))
+END=$((SECONDS + ${LIMIT:-350}))
 export PYTHONUNBUFFERED=1
 
 try() {  # NAME SECONDS ARGUMENTS...: run Python for at most SECONDS; keep what it prints
@@ -38,18 +38,15 @@ compare() {  # RUN DTYPE
 }
 [ -f data/python/meta.json ] || try corpus 60 data/prepare.py python
 if [ "$PART" = 1 ]; then
-    try tests 90 -m pytest -m cuda -rs
-    train gpu
+    train gpu --sequential
     compare gpu float32
     compare gpu bfloat16
-    bench bench_cuda_124M 120 --sizes 124M --methods MTP leap --parts latency texts \
-        --heads independent --batches 1 --rows 4 8 16  # if these cost the same, always pad
+    try rounding 60 experiments/rounding.py runs/gpu --device cuda --methods 1,3,5,7 --temperatures 0
+    try tests 200 -m pytest -m cuda -rs
 else
-    bench bench_cuda_1.5B 180 --sizes 1.5B --methods leap --heads independent --batches 1
-    train gpu_sequential --sequential
-    compare gpu_sequential float32
-    bench bench_cuda_124M_sequential 90 --sizes 124M --methods leap --heads sequential --batches 1
-    [ ! -d runs/gpu ] || try rounding 60 experiments/rounding.py runs/gpu --device cuda \
-        --methods 1,3,5,7 --temperatures 0
+    bench bench_cuda_124M 150 --sizes 124M --methods MTP leap --batches 1 \
+        --rows 4 8 16  # if these cost the same, always pad
+    bench bench_cuda_1.5B 95 --sizes 1.5B --methods MTP --heads independent --batches 1
+    bench bench_cuda_124M_texts 80 --sizes 124M --parts texts --methods MTP --prompts 1 --rounds 3
 fi
 cat "$OUT/calls.log"
