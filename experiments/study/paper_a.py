@@ -1,35 +1,221 @@
 """Paper A, Mehra et al. 2025: what a next-token model knows about later tokens, and how heads get
-at it. A part trains its runs and measures them; what follows from it are claims.
+at it. A part of the study trains its runs (PART_runs) and then measures them (PART).
 """
-from experiments.study.lens import lens, probes
-from experiments.study.runs import CORPORA, SELECT
+import json
 
+import numpy as np
+import torch
+
+from experiments.study.lens import probes
+from experiments.study.runs import CORPORA, SELECT, load
+from marginalize import marginalize
+
+SIZES = {"1x16": (1, 16), "2x32": (2, 32)}  # layers x width of smaller models
 RATES = (3e-3, 1e-2, 3e-2)
-HEADS = {"residual": dict(offsets="1,2"), "1 layer": dict(offsets="1,2", head_kind="block")}
-FROZEN = dict(backbone_lr=0)
+HEADS = {"residual": dict(offsets="1,2"), "layer": dict(offsets="1,2", head_kind="block")}
+
+
+# ---- What is measured ------------------------------------------------------------------------
+
+@torch.no_grad()
+def next_tokens(model, text, offset=1):
+    """What an offset of a model predicts in the second half of every window. -> {"t+1": how often
+    it is right; "nats t+1": its loss}, summed by file"""
+    right, nats = [], []
+    for idx in text.windows.split(64):
+        h = model.hidden_states(idx[:, :-1])
+        logits = model.offset_logits(h, offset, idx.roll(1 - offset, dims=1)[:, :-1])
+        half = idx.shape[1] // 2
+        logits = logits[:, half:idx.shape[1] - offset]  # (W, P, V)
+        target = idx[:, half + offset:]
+        right.append((logits.argmax(-1) == target).float().mean(1))
+        nats.append(torch.nn.functional.cross_entropy(
+            logits.transpose(1, 2), target, reduction="none").mean(1))
+    return {f"t+{offset}": text.by_file(torch.cat(right)),
+            f"nats t+{offset}": text.by_file(torch.cat(nats))}
+
+
+@torch.no_grad()
+def marginal(model, text, n_positions):
+    """How often the token after next is right, marginalised with a beam of 32. -> {"marginal":
+    summed by file}"""
+    half, T = text.windows.shape[1] // 2, text.windows.shape[1] - 1
+    position = torch.linspace(half, T - 2, n_positions).long()
+    right = []
+    for idx in text.windows.split(16):
+        t = position.expand(len(idx), -1)
+        probs, _ = marginalize(model.gpt, idx[:, :-1], 2, 32, t)
+        right.append((probs.argmax(-1) == idx.gather(1, t + 2)).float().mean(1))
+    return {"marginal": text.by_file(torch.cat(right))}
+
+
+def back_off(corpus, text, longest=8):
+    """The control: after the longest context, of up to 8 bytes, that stands in the training text,
+    the token that most often stood one beyond the next. -> {"t+2": summed by file}"""
+    train = np.asarray(corpus.train).astype(np.uint64)
+    windows = text.windows.numpy().astype(np.uint64)
+    T = windows.shape[1]
+    at = np.arange(T // 2, T - 2)  # positions that are asked
+    guess = np.full((len(windows), len(at)), -1)
+    hashed = np.zeros(len(train), np.uint64)   # of the n tokens that end here
+    asked = np.zeros(windows.shape, np.uint64)
+    for n in range(1, longest + 1):
+        factor = np.uint64(pow(6364136223846793005, n, 2 ** 64))
+        hashed[n - 1:] += train[:len(train) - n + 1] * factor
+        asked[:, n - 1:] += windows[:, :T - n + 1] * factor
+        # Count (context, later token) pairs; sorted by count, the last of a context is the best.
+        pair = hashed[longest:-2] >> np.uint64(9) << np.uint64(9) | train[longest + 2:]
+        pair, count = np.unique(pair, return_counts=True)
+        order = np.lexsort((count, pair >> np.uint64(9)))
+        context, best = pair[order] >> np.uint64(9), pair[order] & np.uint64(511)
+        i = np.searchsorted(context, asked[:, at] >> np.uint64(9), side="right") - 1
+        found = (i >= 0) & (context[i] == asked[:, at] >> np.uint64(9))
+        guess = np.where(found, best[i], guess)
+    right = guess == windows[:, at + 2]
+    return {"t+2": text.by_file(torch.from_numpy(right.mean(1)))}
+
+
+def known(study, run, offsets=(1,), marginalised=False):
+    """Everything that is measured of a run."""
+    model, text = load(run), study.text(run)
+    found = {}
+    for offset in offsets:
+        found |= next_tokens(model, text, offset)
+    if marginalised:
+        found |= marginal(model, text, study.size.positions)
+    return found
 
 
 # ---- 1: what a next-token model knows --------------------------------------------------------
 
 def knows_runs(study, seed):
+    """Next-token models of three corpora and three sizes; one trained for the token after next."""
     runs = {data: study.base(seed, data) for data in CORPORA}
-    for n, width in ((1, 16), (2, 32)):
-        runs[f"{n}x{width}"] = study.run(f"ntp-{n}x{width}", seed, n_layer=n, n_head=n,
-                                         n_embd=width)
+    for name, (n, width) in SIZES.items():
+        runs[name] = study.run(f"ntp-{name}", seed, n_layer=n, n_head=n, n_embd=width)
     runs["direct"] = study.run("direct", seed, offsets="1,2", only=2)
     return runs
 
 
-# ---- 2, 4: heads on a frozen model -----------------------------------------------------------
+def knows(study, seed):
+    """-> {run, or "table": what it knows}"""
+    rows = {}
+    for name, run in knows_runs(study, seed).items():
+        rows[name] = known(study, run, (2,)) if name == "direct" else known(study, run, (1,), True)
+    base = study.base(seed)
+    return rows | {"table": back_off(study.corpus(base), study.text(base))}
 
-def rate(study, heads, **options):
-    """The learning rate with which such heads are best on the seed that selects."""
+
+# ---- 2, 4: what a frozen model lets a head read ----------------------------------------------
+
+def choose(study, kind, recipe):
+    """The best learning rate of a kind of head, "frozen" or "joint", on the seed that selects."""
     def accuracy(lr):
-        run = tuned(study, SELECT, heads, lr, **options)
-        return last_accuracy(run)
-    return max(RATES, key=accuracy)
+        options = dict(recipe_options(study, recipe), **HEADS[kind])
+        run = head(study, SELECT, f"{kind}-{recipe}", lr, **options)
+        return sum(known(study, run, (2,))["t+2"])
+    best = max(RATES, key=accuracy)
+    chosen_file(study, kind, recipe).write_text(json.dumps(best))
 
 
-def tuned(study, seed, heads, lr, **options):
-    name = "-".join([heads.replace(" ", "-"), *(f"{v:g}" for v in options.values()), f"{lr:g}"])
-    return study.run(f"heads-{name}", seed, study.base(seed), lr=lr, **HEADS[heads], **options)
+def chosen_file(study, kind, recipe):
+    return study.folder / f"chosen-{kind}-{recipe}.json"
+
+
+def chosen(study, kind, recipe):
+    """What `choose` chose."""
+    return json.loads(chosen_file(study, kind, recipe).read_text())
+
+
+def recipe_options(study, recipe):
+    """Heads on a frozen model, or trained with it, which is a tenth as fast."""
+    if recipe == "frozen":
+        return dict(backbone_lr=0, steps=study.size.head_steps)
+    return dict(backbone_lr=0.1, steps=study.size.joint_steps)
+
+
+def head(study, seed, name, lr, base=None, **options):
+    """A run that adds heads to the base."""
+    return study.run(f"{name}-{lr:g}", seed, base or study.base(seed), lr=lr, **options)
+
+
+def frozen_runs(study, seed):
+    """Heads for t+2 on a frozen model. Those "from layer l" read that layer by as many new layers
+    as make five with it; from layer 0, the embeddings, by four."""
+    fixed = recipe_options(study, "frozen")
+    rate = chosen(study, "residual", "frozen")
+    runs = {"residual": head(study, seed, "residual-frozen", rate, **fixed, **HEADS["residual"]),
+            "residual, WHS": head(study, seed, "residual-frozen-whs", rate, **fixed,
+                                  **HEADS["residual"], whs=True),
+            "sequential": head(study, seed, "sequential-frozen", rate, **fixed,
+                               **HEADS["residual"], sequential=True)}
+    rate = chosen(study, "layer", "frozen")
+    runs["1 layer"] = head(study, seed, "layer-frozen", rate, **fixed, **HEADS["layer"])
+    for n in (2, 4):
+        runs[f"{n} layers"] = head(study, seed, f"{n}-layers-frozen", rate, **fixed,
+                                   **HEADS["layer"], head_layers=n)
+    for layer in range(4):
+        lower = study.first_layers(study.base(seed), layer)
+        runs[f"from layer {layer}"] = head(study, seed, f"from-{layer}-frozen", rate, lower,
+                                           **fixed, **HEADS["layer"], head_layers=min(4, 5 - layer))
+    return runs
+
+
+def frozen(study, seed):
+    """-> {head, or "base": what it knows; "layer l": what can be read of it without new layers}"""
+    base = study.base(seed)
+    rows = {"base": known(study, base, (1,), True)}
+    for name, run in frozen_runs(study, seed).items():
+        rows[name] = known(study, run, (2,))
+    return rows | probes(study, base, seed)
+
+
+# ---- 3: joint training -----------------------------------------------------------------------
+
+def joint_runs(study, seed):
+    """Heads and backbone trained together, in several ways, about as long as frozen ones."""
+    steps = dict(steps=study.size.joint_steps)
+    runs = {"no head": study.run("trained-on", seed, study.base(seed), backbone_lr=0.1,
+                                 lr=chosen(study, "residual", "joint"), **steps)}
+    for kind, options in HEADS.items():
+        joint = recipe_options(study, "joint")
+        recipes = {"": joint, ", WHS": joint | dict(whs=True)}
+        if kind == "residual":
+            recipes |= {", equal rates": joint | dict(backbone_lr=1),
+                        ", weight 0.3": joint | dict(head_weight=0.3),
+                        ", warm-up": joint | dict(head_warmup=study.size.joint_steps // 4)}
+        for name, recipe in recipes.items():
+            label = f"{kind}-joint{name}".replace(", ", "-").replace(" ", "-")
+            runs[kind + name] = head(study, seed, label, chosen(study, kind, "joint"),
+                                     **options, **recipe)
+    return runs
+
+
+def joint(study, seed):
+    """-> {recipe: what it knows}"""
+    return {name: known(study, run, (1,) if name == "no head" else (1, 2), True)
+            for name, run in joint_runs(study, seed).items()}
+
+
+# ---- 5: from scratch -------------------------------------------------------------------------
+
+OFFSETS = {"MTP": "1,2,3,4", "leap": "1,3,5,7"}
+LONGER = 1.25  # a step of MTP takes so many of NTP's
+
+
+def scratch_runs(study, seed):
+    """Models with three heads from scratch; next-token models of as many steps, and of as much
+    time."""
+    runs = {"NTP": study.base(seed),
+            "NTP, longer": study.run("ntp-longer", seed, steps=int(LONGER * study.size.steps))}
+    for method, offsets in OFFSETS.items():
+        runs[method] = study.run(f"scratch-{method}", seed, offsets=offsets)
+        runs[f"{method}, sequential"] = study.run(f"scratch-{method}-sequential", seed,
+                                                  offsets=offsets, sequential=True)
+    return runs
+
+
+def scratch(study, seed):
+    """-> {method: what it knows}"""
+    return {name: known(study, run, (1, 2) if name.startswith("MTP") else (1,), True)
+            for name, run in scratch_runs(study, seed).items()}

@@ -60,6 +60,7 @@ class Study:
     def __init__(self, size, folder):
         self.size = size
         self.folder = Path(folder).resolve()
+        self.texts = {}
 
     def run(self, name, seed, init=None, data="python", only=None, **options):
         """A run of train.py, from scratch or from the run `init`; with only=2 it is trained for
@@ -116,24 +117,54 @@ class Study:
         return out
 
 
+    def corpus(self, run):
+        """The corpus of a run."""
+        return Corpus(load_checkpoint(run)[1]["args"]["data"])
+
+    def text(self, run):
+        """The held-out text of a run's corpus. -> Text"""
+        corpus = self.corpus(run)
+        if corpus.folder not in self.texts:
+            self.texts[corpus.folder] = held_out(corpus, self.size.windows)
+        return self.texts[corpus.folder]
+
+
+def load(run):
+    """A run's model."""
+    return load_checkpoint(run)[0].eval()
+
+
 # ---- Held-out text ---------------------------------------------------------------------------
 
 @dataclass
 class Text:
-    """Held-out windows (W, CONTEXT + 1) int64, and from which file each comes (W,)."""
+    """Held-out windows (W, CONTEXT + 1) int64, and the number of the file that each comes from
+    (W,) int64. Windows of one file are alike: files are what a bootstrap draws."""
     windows: torch.Tensor
-    files: list
+    files: torch.Tensor
+
+    def by_file(self, values):
+        """One number per window (W,) -> their sums by file, a list"""
+        sums = torch.zeros(int(self.files.max()) + 1, dtype=torch.double)
+        sums.index_add_(0, self.files, values.double())
+        return [round(x, 4) for x in sums.tolist()]
+
+    def counts(self):
+        """How many windows each file has."""
+        return [int(n) for n in self.files.bincount()]
 
 
 def held_out(corpus, n):
-    """Up to n windows without overlap, evenly spread. Windows whose second half, which is asked,
-    stands in the training text as well are left out. -> Text"""
+    """Up to n windows without overlap, evenly spread. A window whose second half, which is what is
+    asked, stands in the training text as well is left out. Where text is not divided into ten
+    files, its stretches count as such. -> Text"""
     T = CONTEXT + 1
-    starts = np.linspace(0, len(corpus.val) - T, min(n, len(corpus.val) // T), dtype=int)
+    n = min(n, len(corpus.val) // T)
+    starts = np.linspace(0, len(corpus.val) - T, n, dtype=int)
     windows = gather(corpus.val, starts, T)
     train_bytes = np.asarray(corpus.train).tobytes()
     halves = windows[:, T // 2:].numpy().astype("<u2")
     new = torch.tensor([half.tobytes() not in train_bytes for half in halves])
     ends = np.flatnonzero(np.asarray(corpus.val) == corpus.tokenizer.eot_token)
-    files = torch.from_numpy(np.searchsorted(ends, starts))
-    return Text(windows[new], files[new].tolist())
+    files = np.searchsorted(ends, starts) if len(ends) > 9 else np.arange(n) * 40 // n
+    return Text(windows[new], torch.from_numpy(files)[new])

@@ -1,0 +1,123 @@
+"""The study: both papers' claims, tried on models that are small enough to train on a laptop.
+
+    python experiments/study/study.py --size quick      # 15 minutes on 2 CPU cores
+    python experiments/study/study.py                   # all of it: 2 hours
+    python experiments/study/report.py                  # then: the table and figures of the page
+
+Parts and seeds run side by side, with one thread each. A part trains what it asks about and then
+measures it on held-out text. Whatever is there is kept: after Ctrl-C the same command goes on.
+"""
+import json
+import multiprocessing
+import os
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+from common import (Parser, atomic_write, environment, one_line_errors, progress_bar,
+                    write_results)
+from data.prepare import InputError, prepare
+from experiments.study import paper_a, paper_b
+from experiments.study.runs import CORPORA, ROOT, SELECT, SIZES, Study
+
+PARTS = {"leap": paper_b, "scratch": paper_a, "joint": paper_a, "frozen": paper_a,
+         "knows": paper_a, "stages": paper_b}  # the longest first
+
+
+def measure(study, part, seed):
+    """Do a part for a seed, unless it is done. -> {row: {what: sums by file}}"""
+    module = PARTS[part]
+    runs = getattr(module, f"{part}_runs")(study, seed)
+    path = study.folder / f"{part}-{seed}.json"
+    newest = max((run / "checkpoint.pt").stat().st_mtime for run in runs.values())
+    if not path.exists() or path.stat().st_mtime < newest:
+        rows = getattr(module, part)(study, seed)
+        write_results(path, rows)
+    return json.loads(path.read_text())
+
+
+def base(study, seed):
+    """Train the next-token models that the parts start from."""
+    for corpus in CORPORA if seed != SELECT else CORPORA[:1]:
+        study.base(seed, corpus)
+
+
+JOBS = {"base": base, "choose": paper_a.choose, "measure": measure}
+
+
+def work(job, study, *arguments):
+    """Do a job in a worker; what it prints goes to a log. -> arguments, its result"""
+    torch.set_num_threads(1)
+    with open(study.folder / "log.txt", "a") as log, redirect_stdout(log), redirect_stderr(log):
+        try:
+            return arguments, JOBS[job](study, *arguments)
+        except SystemExit:
+            raise InputError(f"{job} {arguments} failed; see {study.folder}/log.txt") from None
+
+
+def do_all(study, jobs):
+    """-> {part: {row: {what: {seed: sums by file}}}}"""
+    seeds = study.size.seeds
+    everything = [(part, seed) for part in PARTS for seed in seeds]
+    stages = [("base", [(seed,) for seed in (SELECT, *seeds)]),
+              ("choose", [(kind, recipe) for kind in paper_a.HEADS
+                          for recipe in ("joint", "frozen")]),
+              ("measure", [("frozen", SELECT), *everything])]
+    rows = {}
+    total = sum(len(arguments) for _, arguments in stages)
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"))
+    with progress_bar(total=total, desc="study", unit="job") as bar, pool:
+        for job, todo in stages:
+            futures = [pool.submit(work, job, study, *arguments) for arguments in todo]
+            try:
+                for future in as_completed(futures):
+                    arguments, found = future.result()
+                    bar.update()
+                    if job == "measure":
+                        part, seed = arguments
+                        for row, measures in found.items():
+                            for what, sums in measures.items():
+                                rows.setdefault(part, {}).setdefault(row, {}).setdefault(
+                                    what, {})[str(seed)] = sums
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                for child in multiprocessing.active_children():
+                    child.terminate()  # train.py saves before it ends
+                raise
+    return rows
+
+
+def main(argv=None):
+    """Bad input is one line and status 2."""
+    p = Parser(prog="study.py", description="Try both papers' claims on small models. It can be "
+               "stopped at any time; the same command goes on.")
+    p.option("size", "full", "quick: 15 minutes on 2 CPU cores; full: 2 hours", choices=[*SIZES])
+    p.option("jobs", os.cpu_count(), "processes side by side", least=1)
+    p.option("folder", None, "for the runs; default: runs/study-SIZE")
+    p.option("out", None, "default: experiments/results/study_SIZE.json", metavar="FILE")
+    args = p.parse_args(argv)
+    out = args.out or ROOT / "experiments" / "results" / f"study_{args.size}.json"
+    with one_line_errors("study.py"):
+        begin = time.time()
+        study = Study(SIZES[args.size], args.folder or ROOT / "runs" / f"study-{args.size}")
+        study.folder.mkdir(parents=True, exist_ok=True)
+        for corpus in CORPORA:
+            prepare(corpus)
+        rows = do_all(study, args.jobs)
+        counts = {corpus: study.text(study.base(study.size.seeds[0], corpus)).counts()
+                  for corpus in CORPORA}
+        results = dict(environment=environment(torch.device("cpu")),
+                       minutes=(time.time() - begin) / 60, seeds=study.size.seeds, counts=counts,
+                       rows=rows)
+        with atomic_write(out) as file:
+            file.write(json.dumps(results).encode() + b"\n")
+        print(f"{out}; next: python experiments/study/report.py --size {args.size}")
+
+
+if __name__ == "__main__":
+    main()
