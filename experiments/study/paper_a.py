@@ -7,7 +7,8 @@ import numpy as np
 import torch
 
 from experiments.study.lens import probes
-from experiments.study.runs import CORPORA, SELECT, load
+from experiments.study.runs import CORPORA, SELECT, chain_steps, load
+from experiments.study.statistics import Claim
 from marginalize import marginalize
 
 SIZES = {"1x16": (1, 16), "2x32": (2, 32)}  # layers x width of smaller models
@@ -216,6 +217,76 @@ def scratch_runs(study, seed):
 
 
 def scratch(study, seed):
-    """-> {method: what it knows}"""
-    return {name: known(study, run, (1, 2) if name.startswith("MTP") else (1,), True)
-            for name, run in scratch_runs(study, seed).items()}
+    """-> {method: what it knows, and its steps through real text}"""
+    rows = {}
+    for name, run in scratch_runs(study, seed).items():
+        rows[name] = known(study, run, (1, 2) if name.startswith("MTP") else (1,), True)
+        if not name.startswith("NTP"):
+            rows[name] |= chain_steps(load(run), study.text(run))
+    return rows
+
+
+# ---- What follows ----------------------------------------------------------------------------
+
+def more(a, b, scale=100):
+    """The effect a - b, each (part, row, measure)."""
+    return lambda m: scale * (m(*a) - m(*b))
+
+
+def retention(m, row):
+    """How much of what is known about the next token is known about the one after it."""
+    return m("knows", row, "marginal") / m("knows", row, "t+1")
+
+
+MARGINAL = "frozen", "base", "marginal"
+RESIDUAL = "frozen", "residual", "t+2"
+LAYER = "frozen", "1 layer", "t+2"
+NTP_LOSS = "nats t+1"
+
+
+def best_lower_layer(m):
+    """The best of the layers below the last, on the seed that selects."""
+    results = m.results
+    return max(("from layer 1", "from layer 2", "from layer 3"),
+               key=lambda row: sum(results.sums("frozen", row, "t+2", results.select)))
+
+
+CLAIMS = [
+    Claim("A next-token model knows the token after next better than a model trained for it",
+          "points", more(("knows", "python", "marginal"), ("knows", "direct", "t+2"))),
+    Claim("... better than a table of counts", "points",
+          more(("knows", "python", "marginal"), ("knows", "table", "t+2"))),
+    Claim("A larger model keeps a larger part of what it knows", "points",
+          lambda m: 100 * (retention(m, "python") - retention(m, "1x16"))),
+    Claim("... a model of logs than one of Python", "points",
+          lambda m: 100 * (retention(m, "logs") - retention(m, "python"))),
+    Claim("... a model of Python than one of Shakespeare", "points",
+          lambda m: 100 * (retention(m, "python") - retention(m, "shakespeare"))),
+    Claim("A residual head on a frozen model reads less than marginalisation", "points",
+          more(MARGINAL, RESIDUAL)),
+    Claim("... a head of one layer", "points", more(MARGINAL, LAYER)),
+    Claim("... a head of four layers", "points", more(MARGINAL, ("frozen", "4 layers", "t+2"))),
+    Claim("... and what it reads comes from the model, not from the text alone", "points",
+          more(("frozen", "4 layers", "t+2"), ("frozen", "from layer 0", "t+2"))),
+    Claim("At equal depth a head reads best below the last layer", "points",
+          lambda m: 100 * (m("frozen", best_lower_layer(m), "t+2") - m(*LAYER))),
+    Claim("Weighted hidden states help a residual head on a frozen model of four layers", "points",
+          more(("frozen", "residual, WHS", "t+2"), RESIDUAL)),
+    Claim("Joint training helps a residual head", "points",
+          more(("joint", "residual", "t+2"), RESIDUAL)),
+    Claim("... a head of one layer", "points", more(("joint", "layer", "t+2"), LAYER)),
+    Claim("... and weighted hidden states then help a residual head more", "points",
+          more(("joint", "residual, WHS", "t+2"), ("joint", "residual", "t+2"))),
+    Claim("Head warm-up helps joint training", "points",
+          more(("joint", "residual, warm-up", "t+2"), ("joint", "residual", "t+2"))),
+    Claim("A slower backbone spares the next-token model", "nats",
+          more(("joint", "residual, equal rates", NTP_LOSS), ("joint", "residual", NTP_LOSS), 1)),
+    Claim("From scratch, three adjacent heads make the next-token model better", "nats",
+          more(("scratch", "NTP", NTP_LOSS), ("scratch", "MTP", NTP_LOSS), 1)),
+    Claim("... three leaping heads", "nats",
+          more(("scratch", "NTP", NTP_LOSS), ("scratch", "leap", NTP_LOSS), 1)),
+    Claim("... sequential heads spare it", "nats",
+          more(("scratch", "MTP", NTP_LOSS), ("scratch", "MTP, sequential", NTP_LOSS), 1)),
+    Claim("From scratch, a residual head reads less than its own model's marginalisation",
+          "points", more(("scratch", "MTP", "marginal"), ("scratch", "MTP", "t+2"))),
+]

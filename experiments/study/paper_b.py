@@ -1,17 +1,18 @@
 """Paper B, L-MTP (Liu et al. 2025): leaping heads against adjacent ones, and training in stages."""
+import numpy as np
 import torch
 
 from decode import Decoder
 from experiments.study.paper_a import chosen, head, known
-from experiments.study.runs import CONTEXT, CORPORA, load
-from experiments.trees import Node, draft_ranks, grow, simulate, step_begins
+from experiments.study.runs import (CONTEXT, CORPORA, PROMPT, chain, chain_steps, load, steps_of)
+from experiments.study.statistics import Claim
+from experiments.trees import draft_ranks, grow
 from heads import draft_sources
 
 METHODS = {"MTP": (1, 2, 3, 4), "leap": (1, 3, 5, 7), "all": (1, 2, 3, 4, 5, 6, 7)}
 KINDS = {"independent": {}, "sequential": dict(sequential=True)}
 NODES = 14       # of a tree
-PROMPT = 16      # tokens of a window that are given,
-NEW = CONTEXT - PROMPT  # and that are written
+NEW = CONTEXT - PROMPT  # tokens of a window that are written
 TEMPERATURES = (0.0, 0.5, 1.0)
 
 
@@ -24,16 +25,6 @@ def leap_runs(study, seed):
         study, seed, f"heads7-{data}-{kind}", lr, study.base(seed, data), data=data,
         offsets="1,2,3,4,5,6,7", backbone_lr=0, steps=study.size.head_steps, **options)
         for data in CORPORA for kind, options in KINDS.items()}
-
-
-def chain(offsets):
-    """The tree without branches that these offsets draft."""
-    return [Node(i, o, b) for i, (o, b) in enumerate(draft_sources(offsets).values())]
-
-
-def steps_of(tree, ranks):
-    """In how many steps real text is written by a tree (n,)"""
-    return step_begins(simulate(tree, ranks)[1], PROMPT - 1).sum(1)
 
 
 def real_text(text, ranks):
@@ -115,8 +106,96 @@ def stages(study, seed):
     for name, run in stages_runs(study, seed).items():
         rows[name] = known(study, run)
         if name != "no heads":
-            text = study.text(run)
-            ranks = draft_ranks(load(run), text.windows[:, :-1])
-            steps = steps_of(chain(METHODS["leap"]), ranks)
-            rows[name]["leap, chain"] = text.by_file(steps)
+            rows[name] |= chain_steps(load(run), study.text(run))
     return rows
+
+
+# ---- 7: the theory, and what follows ---------------------------------------------------------
+
+def tokens_per_step(m, row, measure, part="leap"):
+    """Of real text, or of texts that were written (T=...)."""
+    windows = m(part, row, "prompts") if "T=" in measure else 1
+    return NEW * windows / m(part, row, measure)
+
+
+def leap_gains(row, text):
+    """The effect: tokens per step of leap over those of MTP, both with three heads."""
+    return lambda m: tokens_per_step(m, row, f"leap, {text}") - tokens_per_step(
+        m, row, f"MTP, {text}")
+
+
+def expected(accuracy, offsets):
+    """What the theory expects of accuracies {offset: number}: E = 1 + the sum over distances of the
+    product of the accuracies up to there, as if drafts were right independently."""
+    sources = draft_sources(offsets).values()
+    total = run = 1
+    for offset, _ in sources:
+        run = run * accuracy[offset]
+        total = total + run
+    return total
+
+
+def formula(g, method):
+    """The same, if accuracy falls with the offset as exp(-g (o - 1)): g is the attenuation."""
+    return expected({o: np.exp(-g * (o - 1)) for o in range(2, 8)}, METHODS[method])
+
+
+GRID = np.linspace(0.01, 1.0, 991)
+BREAK_EVEN = GRID[formula(GRID, "leap") > formula(GRID, "MTP")].max()  # of the formula
+
+
+def attenuation(accuracies):
+    """Accuracies (6, ...) of offsets 2..7 -> the g that gives their mean"""
+    means = np.exp(-GRID[:, None] * np.arange(1, 7)).mean(1)
+    return np.interp(-np.mean(accuracies, axis=0), -means, GRID)
+
+
+def by_file(results, kind, seed=None):
+    """-> {corpus: attenuation and leap's gain in tokens per step of each file with windows}"""
+    found = {}
+    for corpus, counts in results.counts.items():
+        row = f"{corpus}, {kind}"
+        some = counts > 0
+        mean = {what: results.sums("leap", row, what, seed)[some] / counts[some]
+                for what in ("leap, chain", "MTP, chain", *(f"offset {o}" for o in range(2, 8)))}
+        g = attenuation([mean[f"offset {o}"] for o in range(2, 8)])
+        found[corpus] = g, NEW / mean["leap, chain"] - NEW / mean["MTP, chain"]
+    return found
+
+
+def break_even(kind):
+    """The effect: by how much the attenuation at which leap stops to win lies above the formula's.
+    A straight line through the files of all corpora, weighted by windows, says where."""
+    def effect(m):
+        x, y, w = [], [], []
+        for corpus, (g, gain) in by_file(m.results, kind, m.seed).items():
+            counts = m.results.counts[corpus]
+            drawn = 1 if m.weights is None else m.weights[corpus][:, counts > 0]
+            x.append(g)
+            y.append(gain)
+            w.append(drawn * counts[counts > 0])
+        x, y, w = [np.concatenate(parts, axis=-1) for parts in (x, y, w)]
+        total = w.sum(-1)
+        mean_x, mean_y = w @ x / total, w @ y / total
+        slope = (w @ (x * y) / total - mean_x * mean_y) / (w @ (x * x) / total - mean_x ** 2)
+        return mean_x - mean_y / slope - BREAK_EVEN
+    return effect
+
+
+CLAIMS = [
+    *[Claim(f"Leaping heads write more than as many adjacent ones: {row}", "tokens per step",
+            leap_gains(row, "chain"))
+      for row in ("python, independent", "python, sequential", "shakespeare, sequential",
+                  "logs, independent", "logs, sequential")],
+    Claim("... on text sampled at temperature 1: python, sequential", "tokens per step",
+          leap_gains("python, sequential", "T=1")),
+    *[Claim(f"... when trees of both verify 15 rows: {row}", "tokens per step",
+            leap_gains(row, "tree")) for row in ("python, sequential", "logs, sequential")],
+    Claim("Leap wins beyond the break-even of the formula", "attenuation",
+          break_even("independent")),
+    Claim("Two stages write more than one", "tokens per step",
+          lambda m: tokens_per_step(m, "two stages", "steps", "stages")
+          - tokens_per_step(m, "one stage", "steps", "stages")),
+    Claim("L-MTP's fine-tuning makes the next-token model better", "nats",
+          lambda m: m("stages", "no heads", "nats t+1") - m("stages", "two stages", "nats t+1")),
+]

@@ -16,11 +16,13 @@ sys.path.insert(0, str(ROOT))
 import train
 from common import load_checkpoint, save_checkpoint
 from data.loader import Corpus, gather
-from heads import MultiTokenGPT
+from experiments.trees import Node, draft_ranks, simulate, step_begins
+from heads import MultiTokenGPT, draft_sources
 from model import GPT
 
 SELECT = 0   # the seed on which what is chosen is chosen; it judges nothing
 CONTEXT = 128
+PROMPT = 16  # tokens of a window that are given where text is written
 CORPORA = ("python", "shakespeare", "logs")
 
 
@@ -168,3 +170,22 @@ def held_out(corpus, n):
     ends = np.flatnonzero(np.asarray(corpus.val) == corpus.tokenizer.eot_token)
     files = np.searchsorted(ends, starts) if len(ends) > 9 else np.arange(n) * 40 // n
     return Text(windows[new], torch.from_numpy(files)[new])
+
+
+# ---- Steps through real text -----------------------------------------------------------------
+
+def chain(offsets):
+    """The tree without branches that these offsets draft."""
+    return [Node(i, o, b) for i, (o, b) in enumerate(draft_sources(offsets).values())]
+
+
+def steps_of(tree, ranks):
+    """In how many steps a tree writes each window but for its prompt: ranks from
+    trees.draft_ranks -> (W,) int64"""
+    return step_begins(simulate(tree, ranks)[1], PROMPT - 1).sum(1)
+
+
+def chain_steps(model, text):
+    """Steps in which the model's own offsets write real text. -> {"steps": by file}"""
+    ranks = draft_ranks(model, text.windows[:, :-1])
+    return {"steps": text.by_file(steps_of(chain(model.offsets), ranks))}

@@ -75,22 +75,24 @@ class Results:
         return m
 
 
+def draws(effect, results):
+    """An effect, its value for each seed, and 10,000 draws of it."""
+    by_seed = [float(effect(results.of(seed))) for seed in results.seeds]
+    error = np.std(by_seed, ddof=1) / len(by_seed) ** 0.5
+    t = np.random.default_rng(1).standard_t(len(by_seed) - 1, DRAWS)
+    return float(effect(results.of())), by_seed, effect(results.of(drawn=True)) + error * t
+
+
 def estimate(claim, results):
     """-> dict(effect, low, high: the 95% interval, by_seed, smallest, word, p)"""
     smallest = SMALLEST[claim.unit]
-    by_seed = [float(claim.effect(results.of(seed))) for seed in results.seeds]
-    S = len(by_seed)
-    drawn = claim.effect(results.of(drawn=True))  # (DRAWS,)
-    error = np.std(by_seed, ddof=1) / S ** 0.5
-    drawn = drawn + error * np.random.default_rng(1).standard_t(S - 1, DRAWS)
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    # The share of draws outside the region of each word; two-sided, as the interval is.
-    tails = {"supported": (drawn <= smallest).mean(),
+    effect, by_seed, drawn = draws(claim.effect, results)
+    low, high = np.quantile(drawn, [0.025, 0.975]).tolist()
+    tails = {"supported": (drawn <= smallest).mean(),  # how many draws say otherwise
              "opposite": (drawn >= -smallest).mean(),
              "negligible": max((drawn >= smallest).mean(), (drawn <= -smallest).mean())}
     word = min(tails, key=tails.get)
-    return dict(effect=float(claim.effect(results.of())), low=float(low), high=float(high),
-                by_seed=by_seed, smallest=smallest, word=word,
+    return dict(effect=effect, low=low, high=high, by_seed=by_seed, smallest=smallest, word=word,
                 p=min(1.0, 2 * float(tails[word]) + 1 / DRAWS))
 
 

@@ -8,9 +8,10 @@ Parts and seeds run side by side, with one thread each. A part trains what it as
 measures it on held-out text. Whatever is there is kept: after Ctrl-C the same command goes on.
 """
 import json
-import multiprocessing
+import multiprocessing.connection
 import os
 import sys
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
@@ -50,9 +51,17 @@ def base(study, seed):
 JOBS = {"base": base, "choose": paper_a.choose, "measure": measure}
 
 
+def enter():
+    """Prepare a worker: one thread, and it ends when the first process does."""
+    def end_with_the_first():
+        multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+        os._exit(1)
+    threading.Thread(target=end_with_the_first, daemon=True).start()
+    torch.set_num_threads(1)
+
+
 def work(job, study, *arguments):
     """Do a job in a worker; what it prints goes to a log. -> arguments, its result"""
-    torch.set_num_threads(1)
     with open(study.folder / "log.txt", "a") as log, redirect_stdout(log), redirect_stderr(log):
         try:
             return arguments, JOBS[job](study, *arguments)
@@ -70,7 +79,7 @@ def do_all(study, jobs):
               ("measure", [("frozen", SELECT), *everything])]
     rows = {}
     total = sum(len(arguments) for _, arguments in stages)
-    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"))
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), enter)
     with progress_bar(total=total, desc="study", unit="job") as bar, pool:
         for job, todo in stages:
             futures = [pool.submit(work, job, study, *arguments) for arguments in todo]
