@@ -1,6 +1,7 @@
 """The study: its controls, its statistics, and that its page says what its results say."""
 import json
 import re
+import signal
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,12 +9,13 @@ import pytest
 import torch
 from conftest import ROOT, command, tiny_gpt
 
-from common import load_checkpoint, save_checkpoint
+import train
+from common import load_checkpoint
 from data.prepare import prepare
 from experiments.study import paper_a, paper_b, report
 from experiments.study.lens import layers, train_probes
 from experiments.study.runs import SIZES, Size, Study, Text, chain, held_out, steps_of
-from experiments.study.statistics import Claim, Results, estimate, holm, judge
+from experiments.study.verdicts import Claim, Results, estimate, holm, judge
 from experiments.trees import draft_ranks
 from heads import HeadsConfig, MultiTokenGPT
 
@@ -43,6 +45,23 @@ def test_a_run_is_kept_until_an_option_or_what_it_was_made_from_changes(tmp_path
     (base / "checkpoint.pt").touch()
     study.run("heads", 1, base, data=data, offsets="1,2", backbone_lr=0, lr=1e-3)
     assert (heads / "checkpoint.pt").stat().st_mtime_ns > again
+
+
+def test_a_run_that_was_stopped_goes_on_and_is_kept(tmp_path, monkeypatch):
+    study, data = study_of(tmp_path)
+    step = train.train_step
+
+    def stopped_at_2(*args):
+        if args[3] == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return step(*args)
+    monkeypatch.setattr(train, "train_step", stopped_at_2)
+    with pytest.raises(SystemExit):
+        study.run("ntp", 1, data=data)
+    monkeypatch.setattr(train, "train_step", step)
+    made = [(study.run("ntp", 1, data=data) / "checkpoint.pt").stat().st_mtime_ns for _ in "ab"]
+    assert load_checkpoint(tmp_path / "runs" / "ntp-1")[1]["step"] == 4
+    assert made[0] == made[1]
 
 
 def test_a_run_for_one_offset_learns_that_offset_alone(tmp_path):

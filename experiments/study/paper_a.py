@@ -8,7 +8,7 @@ import torch
 
 from experiments.study.lens import probes
 from experiments.study.runs import CORPORA, SELECT, chain_steps, load
-from experiments.study.statistics import Claim
+from experiments.study.verdicts import Claim
 from marginalize import marginalize
 
 SIZES = {"1x16": (1, 16), "2x32": (2, 32)}  # layers x width of smaller models

@@ -5,7 +5,7 @@ import torch
 from decode import Decoder
 from experiments.study.paper_a import chosen, head, known
 from experiments.study.runs import (CONTEXT, CORPORA, PROMPT, chain, chain_steps, load, steps_of)
-from experiments.study.statistics import Claim
+from experiments.study.verdicts import Claim
 from experiments.trees import draft_ranks, grow
 from heads import draft_sources
 

@@ -18,7 +18,7 @@ from common import Parser, one_line_errors
 from data.prepare import require
 from experiments.study import paper_a, paper_b
 from experiments.study.runs import ROOT
-from experiments.study.statistics import Results, draws, judge
+from experiments.study.verdicts import Results, draws, judge
 
 PAGE = ROOT / "docs" / "findings.md"
 FOLDER = ROOT / "experiments" / "results"

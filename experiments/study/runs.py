@@ -85,7 +85,7 @@ class Study:
         if made.exists() and (init is None
                               or made.stat().st_mtime > (init / "checkpoint.pt").stat().st_mtime):
             state = load_checkpoint(out)[1]
-            if state["args"] == vars(args):
+            if state["args"] | dict(resume=None) == vars(args):
                 if state["step"] < args.steps:
                     argv = ["--resume", str(out), "--no-progress"]
                 else:
