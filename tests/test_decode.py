@@ -433,7 +433,8 @@ def test_in_bfloat16_every_method_emits_the_text_of_ntp_in_equally_long_blocks(t
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("compile", [False, True])
 def test_on_a_gpu_every_method_emits_the_text_of_plain_decoding(kind, compile):
-    for method, temperature in ((NTP, 0.0), ("lookup", 1.0), (LEAP, 0.0), (LEAP, 1.0)):
+    headless = [] if compile and kind else [(NTP, 0.0), ("lookup", 1.0)]  # to compile takes 10 s
+    for method, temperature in (*headless, (LEAP, 0.0), (LEAP, 1.0)):
         decoder = decoder_of(tiny_model(**kind).cuda(), method, temperature=temperature, seed=5,
                              compile=compile)
         for _ in range(2):  # a captured graph forgets the text before
