@@ -108,7 +108,7 @@ def test_the_table_of_counts_backs_off_to_the_longest_context_that_it_knows():
                     right[i, j] = 2 - counts[::-1].argmax() == row[t + 2]
                     break
     text = Text(torch.from_numpy(window), torch.arange(5))
-    found = paper_a.back_off(SimpleNamespace(train=train), text)["t+2"]
+    found = paper_a.back_off(SimpleNamespace(train=train), text, np.arange(64, 127))["t+2, asked"]
     assert found == pytest.approx(right.mean(1), abs=1e-4)
 
 

@@ -5,9 +5,10 @@ import json
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from experiments.study.lens import probes
-from experiments.study.runs import CORPORA, SELECT, chain_steps, load
+from experiments.study.runs import CONTEXT, CORPORA, SELECT, chain_steps, load
 from experiments.study.verdicts import Claim
 from marginalize import marginalize
 
@@ -18,45 +19,49 @@ HEADS = {"residual": dict(offsets="1,2"), "layer": dict(offsets="1,2", head_kind
 
 # ---- What is measured ------------------------------------------------------------------------
 
+def asked(study):
+    """The positions, few because it is expensive, where a model is marginalised (P,)"""
+    return torch.linspace(CONTEXT // 2, CONTEXT - 2, study.size.positions).long()
+
+
 @torch.no_grad()
-def next_tokens(model, text, offset=1):
+def next_tokens(study, model, text, offset=1):
     """What an offset of a model predicts in the second half of every window. -> {"t+1": how often
-    it is right; "nats t+1": its loss}, summed by file"""
-    right, nats = [], []
+    it is right; "t+1, asked": at the positions `asked`; "nats t+1": its loss}, summed by file"""
+    found = {}
+    first = CONTEXT // 2
     for idx in text.windows.split(64):
         h = model.hidden_states(idx[:, :-1])
         logits = model.offset_logits(h, offset, idx.roll(1 - offset, dims=1)[:, :-1])
-        half = idx.shape[1] // 2
-        logits = logits[:, half:idx.shape[1] - offset]  # (W, P, V)
-        target = idx[:, half + offset:]
-        right.append((logits.argmax(-1) == target).float().mean(1))
-        nats.append(torch.nn.functional.cross_entropy(
-            logits.transpose(1, 2), target, reduction="none").mean(1))
-    return {f"t+{offset}": text.by_file(torch.cat(right)),
-            f"nats t+{offset}": text.by_file(torch.cat(nats))}
+        logits = logits[:, first:CONTEXT + 1 - offset]  # (W, P, V)
+        target = idx[:, first + offset:]
+        nats = F.cross_entropy(logits.transpose(1, 2), target, reduction="none")
+        right = (logits.argmax(-1) == target).float()
+        for name, values in ((f"t+{offset}", right), (f"nats t+{offset}", nats),
+                             (f"t+{offset}, asked", right[:, asked(study) - first])):
+            found.setdefault(name, []).append(values.mean(1))
+    return {name: text.by_file(torch.cat(parts)) for name, parts in found.items()}
 
 
 @torch.no_grad()
-def marginal(model, text, n_positions):
+def marginal(study, model, text):
     """How often the token after next is right, marginalised with a beam of 32. -> {"marginal":
     summed by file}"""
-    half, T = text.windows.shape[1] // 2, text.windows.shape[1] - 1
-    position = torch.linspace(half, T - 2, n_positions).long()
     right = []
     for idx in text.windows.split(16):
-        t = position.expand(len(idx), -1)
+        t = asked(study).expand(len(idx), -1)
         probs, _ = marginalize(model.gpt, idx[:, :-1], 2, 32, t)
         right.append((probs.argmax(-1) == idx.gather(1, t + 2)).float().mean(1))
     return {"marginal": text.by_file(torch.cat(right))}
 
 
-def back_off(corpus, text, longest=8):
+def back_off(corpus, text, at, longest=8):
     """The control: after the longest context, of up to 8 bytes, that stands in the training text,
-    the token that most often stood one beyond the next. -> {"t+2": summed by file}"""
+    the token that most often stood one beyond the next. -> {"t+2, asked": at the positions
+    `at`, summed by file}"""
     train = np.asarray(corpus.train).astype(np.uint64)
     windows = text.windows.numpy().astype(np.uint64)
     T = windows.shape[1]
-    at = np.arange(T // 2, T - 2)  # positions that are asked
     guess = np.full((len(windows), len(at)), -1)
     hashed = np.zeros(len(train), np.uint64)   # of the n tokens that end here
     asked = np.zeros(windows.shape, np.uint64)
@@ -73,7 +78,7 @@ def back_off(corpus, text, longest=8):
         found = (i >= 0) & (context[i] == asked[:, at] >> np.uint64(9))
         guess = np.where(found, best[i], guess)
     right = guess == windows[:, at + 2]
-    return {"t+2": text.by_file(torch.from_numpy(right.mean(1)))}
+    return {"t+2, asked": text.by_file(torch.from_numpy(right.mean(1)))}
 
 
 def known(study, run, offsets=(1,), marginalised=False):
@@ -81,19 +86,21 @@ def known(study, run, offsets=(1,), marginalised=False):
     model, text = load(run), study.text(run)
     found = {}
     for offset in offsets:
-        found |= next_tokens(model, text, offset)
+        found |= next_tokens(study, model, text, offset)
     if marginalised:
-        found |= marginal(model, text, study.size.positions)
+        found |= marginal(study, model, text)
     return found
 
 
 # ---- 1: what a next-token model knows --------------------------------------------------------
 
 def knows_runs(study, seed):
-    """Next-token models of three corpora and three sizes; one trained for the token after next."""
+    """Next-token models of three corpora and three sizes; one of Python that trained as long as
+    those of the other corpora; one trained for the token after next."""
     runs = {data: study.base(seed, data) for data in CORPORA}
     for name, (n, width) in SIZES.items():
         runs[name] = study.run(f"ntp-{name}", seed, n_layer=n, n_head=n, n_embd=width)
+    runs["shorter"] = study.run("ntp-shorter", seed, steps=study.size.steps * 6 // 10)
     runs["direct"] = study.run("direct", seed, offsets="1,2", only=2)
     return runs
 
@@ -104,7 +111,7 @@ def knows(study, seed):
     for name, run in knows_runs(study, seed).items():
         rows[name] = known(study, run, (2,)) if name == "direct" else known(study, run, (1,), True)
     base = study.base(seed)
-    return rows | {"table": back_off(study.corpus(base), study.text(base))}
+    return rows | {"table": back_off(study.corpus(base), study.text(base), asked(study).numpy())}
 
 
 # ---- 2, 4: what a frozen model lets a head read ----------------------------------------------
@@ -235,58 +242,72 @@ def more(a, b, scale=100):
 
 def retention(m, row):
     """How much of what is known about the next token is known about the one after it."""
-    return m("knows", row, "marginal") / m("knows", row, "t+1")
+    return m("knows", row, "marginal") / m("knows", row, "t+1, asked")
 
 
-MARGINAL = "frozen", "base", "marginal"
-RESIDUAL = "frozen", "residual", "t+2"
-LAYER = "frozen", "1 layer", "t+2"
-NTP_LOSS = "nats t+1"
+def keeps(row, other):
+    """The effect: points of retention more."""
+    return lambda m: 100 * (retention(m, row) - retention(m, other))
 
 
-def best_lower_layer(m):
+def gap(part, row, model, what="t+2, asked"):
+    """The effect: how far a head stays below a model's marginalisation."""
+    return more((*model, "marginal"), (part, row, what))
+
+
+def narrower(row, frozen):
+    """The effect: how much closer to marginalisation, of the model trained on without a head, a
+    head is that trained jointly, than one on the frozen model is to that model's."""
+    before, after = gap("frozen", frozen, BASE), gap("joint", row, ("joint", "no head"))
+    return lambda m: before(m) - after(m)
+
+
+def lower_layer(m):
     """The best of the layers below the last, on the seed that selects."""
     results = m.results
     return max(("from layer 1", "from layer 2", "from layer 3"),
                key=lambda row: sum(results.sums("frozen", row, "t+2", results.select)))
 
 
+BASE = "frozen", "base"
+NATS = "nats t+1"
 CLAIMS = [
     Claim("A next-token model knows the token after next better than a model trained for it",
-          "points", more(("knows", "python", "marginal"), ("knows", "direct", "t+2"))),
+          "points", gap("knows", "direct", ("knows", "python"))),
     Claim("... better than a table of counts", "points",
-          more(("knows", "python", "marginal"), ("knows", "table", "t+2"))),
+          gap("knows", "table", ("knows", "python"))),
     Claim("A larger model keeps a larger part of what it knows", "points",
-          lambda m: 100 * (retention(m, "python") - retention(m, "1x16"))),
-    Claim("... a model of logs than one of Python", "points",
-          lambda m: 100 * (retention(m, "logs") - retention(m, "python"))),
+          keeps("python", "1x16")),
+    Claim("... a model of logs than one of Python", "points", keeps("logs", "shorter")),
     Claim("... a model of Python than one of Shakespeare", "points",
-          lambda m: 100 * (retention(m, "python") - retention(m, "shakespeare"))),
+          keeps("shorter", "shakespeare")),
     Claim("A residual head on a frozen model reads less than marginalisation", "points",
-          more(MARGINAL, RESIDUAL)),
-    Claim("... a head of one layer", "points", more(MARGINAL, LAYER)),
-    Claim("... a head of four layers", "points", more(MARGINAL, ("frozen", "4 layers", "t+2"))),
-    Claim("... and what it reads comes from the model, not from the text alone", "points",
+          gap("frozen", "residual", BASE)),
+    Claim("... a head of one layer", "points", gap("frozen", "1 layer", BASE)),
+    Claim("... a head of four layers", "points", gap("frozen", "4 layers", BASE)),
+    Claim("... and what that reads comes from the model, not from the text alone", "points",
           more(("frozen", "4 layers", "t+2"), ("frozen", "from layer 0", "t+2"))),
-    Claim("At equal depth a head reads best below the last layer", "points",
-          lambda m: 100 * (m("frozen", best_lower_layer(m), "t+2") - m(*LAYER))),
+    Claim("A lower layer is better to read, by as many new layers as make five", "points",
+          lambda m: 100 * (m("frozen", lower_layer(m), "t+2") - m("frozen", "1 layer", "t+2"))),
+    Claim("... the third than the last, by two new layers", "points",
+          more(("frozen", "from layer 3", "t+2"), ("frozen", "2 layers", "t+2"))),
     Claim("Weighted hidden states help a residual head on a frozen model of four layers", "points",
-          more(("frozen", "residual, WHS", "t+2"), RESIDUAL)),
-    Claim("Joint training helps a residual head", "points",
-          more(("joint", "residual", "t+2"), RESIDUAL)),
-    Claim("... a head of one layer", "points", more(("joint", "layer", "t+2"), LAYER)),
-    Claim("... and weighted hidden states then help a residual head more", "points",
+          more(("frozen", "residual, WHS", "t+2"), ("frozen", "residual", "t+2"))),
+    Claim("Joint training narrows a residual head's gap to marginalisation", "points",
+          narrower("residual", "residual")),
+    Claim("... that of a head of one layer", "points", narrower("layer", "1 layer")),
+    Claim("Weighted hidden states help a residual head in joint training", "points",
           more(("joint", "residual, WHS", "t+2"), ("joint", "residual", "t+2"))),
     Claim("Head warm-up helps joint training", "points",
           more(("joint", "residual, warm-up", "t+2"), ("joint", "residual", "t+2"))),
-    Claim("A slower backbone spares the next-token model", "nats",
-          more(("joint", "residual, equal rates", NTP_LOSS), ("joint", "residual", NTP_LOSS), 1)),
+    Claim("A backbone ten times slower than the heads spares the next-token model", "nats",
+          more(("joint", "residual, equal rates", NATS), ("joint", "residual", NATS), 1)),
     Claim("From scratch, three adjacent heads make the next-token model better", "nats",
-          more(("scratch", "NTP", NTP_LOSS), ("scratch", "MTP", NTP_LOSS), 1)),
+          more(("scratch", "NTP", NATS), ("scratch", "MTP", NATS), 1)),
     Claim("... three leaping heads", "nats",
-          more(("scratch", "NTP", NTP_LOSS), ("scratch", "leap", NTP_LOSS), 1)),
-    Claim("... sequential heads spare it", "nats",
-          more(("scratch", "MTP", NTP_LOSS), ("scratch", "MTP, sequential", NTP_LOSS), 1)),
+          more(("scratch", "NTP", NATS), ("scratch", "leap", NATS), 1)),
+    Claim("... sequential heads rather than independent ones", "nats",
+          more(("scratch", "MTP", NATS), ("scratch", "MTP, sequential", NATS), 1)),
     Claim("From scratch, a residual head reads less than its own model's marginalisation",
-          "points", more(("scratch", "MTP", "marginal"), ("scratch", "MTP", "t+2"))),
+          "points", gap("scratch", "MTP", ("scratch", "MTP"))),
 ]

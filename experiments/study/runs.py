@@ -95,9 +95,10 @@ class Study:
         return out
 
     def base(self, seed, data="python"):
-        """The next-token model of a corpus."""
-        steps = self.size.steps if data == "python" else self.size.steps * 6 // 10
-        return self.run(f"ntp-{data}", seed, data=data, steps=steps)
+        """The next-token model of a corpus. The smaller corpora are soon learnt."""
+        if data == "python":
+            return self.run(f"ntp-{data}", seed)
+        return self.run(f"ntp-{data}", seed, data=data, steps=self.size.steps * 6 // 10)
 
     def first_layers(self, run, n):
         """A run with the first n layers of another one's backbone, its embeddings and its final

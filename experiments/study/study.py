@@ -7,6 +7,7 @@
 Parts and seeds run side by side, with one thread each. A part trains what it asks about and then
 measures it on held-out text. Whatever is there is kept: after Ctrl-C the same command goes on.
 """
+import itertools
 import json
 import multiprocessing.connection
 import os
@@ -26,20 +27,31 @@ from data.prepare import InputError, prepare
 from experiments.study import paper_a, paper_b
 from experiments.study.runs import CORPORA, ROOT, SELECT, SIZES, Study
 
-PARTS = {"leap": paper_b, "scratch": paper_a, "joint": paper_a, "frozen": paper_a,
-         "knows": paper_a, "stages": paper_b}  # the longest first
+PARTS = {"leap": paper_b, "frozen": paper_a, "joint": paper_a, "knows": paper_a,
+         "stages": paper_b, "scratch": paper_a}
 
 
 def measure(study, part, seed):
-    """Do a part for a seed, unless it is done. -> {row: {what: sums by file}}"""
+    """Train and measure a part for a seed, unless it is done: PART-SEED.json in the folder. (Delete
+    that to measure the same runs in another way.)"""
     module = PARTS[part]
     runs = getattr(module, f"{part}_runs")(study, seed)
     path = study.folder / f"{part}-{seed}.json"
     newest = max((run / "checkpoint.pt").stat().st_mtime for run in runs.values())
     if not path.exists() or path.stat().st_mtime < newest:
-        rows = getattr(module, part)(study, seed)
-        write_results(path, rows)
-    return json.loads(path.read_text())
+        write_results(path, getattr(module, part)(study, seed))
+
+
+def collect(study):
+    """What is measured: {part: {row: {what: {seed: sums by file}}}}"""
+    found = {}
+    for part, seed in itertools.product(PARTS, (SELECT, *study.size.seeds)):
+        path = study.folder / f"{part}-{seed}.json"
+        for row, measures in json.loads(path.read_text()).items() if path.exists() else ():
+            for what, sums in measures.items():
+                rows = found.setdefault(part, {})
+                rows.setdefault(row, {}).setdefault(what, {})[str(seed)] = sums
+    return found
 
 
 def base(study, seed):
@@ -61,44 +73,36 @@ def enter():
 
 
 def work(job, study, *arguments):
-    """Do a job in a worker; what it prints goes to a log. -> arguments, its result"""
+    """Do a job in a worker; what it prints goes to a log."""
     with open(study.folder / "log.txt", "a") as log, redirect_stdout(log), redirect_stderr(log):
         try:
-            return arguments, JOBS[job](study, *arguments)
+            JOBS[job](study, *arguments)
         except SystemExit:
             raise InputError(f"{job} {arguments} failed; see {study.folder}/log.txt") from None
 
 
-def do_all(study, jobs):
-    """-> {part: {row: {what: {seed: sums by file}}}}"""
+def do_all(study, jobs, save):
+    """Do all jobs, and save() after every measurement."""
     seeds = study.size.seeds
-    everything = [(part, seed) for part in PARTS for seed in seeds]
-    stages = [("base", [(seed,) for seed in (SELECT, *seeds)]),
-              ("choose", [(kind, recipe) for kind in paper_a.HEADS
-                          for recipe in ("joint", "frozen")]),
-              ("measure", [("frozen", SELECT), *everything])]
-    rows = {}
-    total = sum(len(arguments) for _, arguments in stages)
+    stages = {"base": [(seed,) for seed in (SELECT, *seeds)],
+              "choose": list(itertools.product(paper_a.HEADS, ("joint", "frozen"))),
+              "measure": [("frozen", SELECT), *itertools.product(PARTS, seeds)]}
     pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), enter)
+    total = sum(map(len, stages.values()))
     with progress_bar(total=total, desc="study", unit="job") as bar, pool:
-        for job, todo in stages:
-            futures = [pool.submit(work, job, study, *arguments) for arguments in todo]
-            try:
+        try:
+            for job, todo in stages.items():
+                futures = [pool.submit(work, job, study, *arguments) for arguments in todo]
                 for future in as_completed(futures):
-                    arguments, found = future.result()
+                    future.result()
                     bar.update()
                     if job == "measure":
-                        part, seed = arguments
-                        for row, measures in found.items():
-                            for what, sums in measures.items():
-                                rows.setdefault(part, {}).setdefault(row, {}).setdefault(
-                                    what, {})[str(seed)] = sums
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                for child in multiprocessing.active_children():
-                    child.terminate()  # train.py saves before it ends
-                raise
-    return rows
+                        save()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for child in multiprocessing.active_children():
+                child.terminate()  # train.py saves before it ends
+            raise
 
 
 def main(argv=None):
@@ -117,14 +121,16 @@ def main(argv=None):
         study.folder.mkdir(parents=True, exist_ok=True)
         for corpus in CORPORA:
             prepare(corpus)
-        rows = do_all(study, args.jobs)
-        counts = {corpus: study.text(study.base(study.size.seeds[0], corpus)).counts()
-                  for corpus in CORPORA}
-        results = dict(environment=environment(torch.device("cpu")),
-                       minutes=(time.time() - begin) / 60, seeds=study.size.seeds, counts=counts,
-                       rows=rows)
-        with atomic_write(out) as file:
-            file.write(json.dumps(results).encode() + b"\n")
+
+        def save():
+            counts = {corpus: study.text(study.base(study.size.seeds[0], corpus)).counts()
+                      for corpus in CORPORA}
+            results = dict(environment=environment(torch.device("cpu")), counts=counts,
+                           minutes=(time.time() - begin) / 60, seeds=study.size.seeds,
+                           rows=collect(study))
+            with atomic_write(out) as file:
+                file.write(json.dumps(results).encode() + b"\n")
+        do_all(study, args.jobs, save)
         print(f"{out}; next: python experiments/study/report.py --size {args.size}")
 
 

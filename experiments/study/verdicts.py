@@ -12,6 +12,7 @@ supported: the interval lies beyond the smallest effect; opposite: beyond minus 
 negligible: between the two; undecided: anything else, or Holm's correction for all claims together
 leaves p above 0.05.
 """
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Callable
 
@@ -53,7 +54,7 @@ class Results:
         by_seed = self.rows[part][row][measure]
         if seed is not None:
             return np.array(by_seed[str(seed)])
-        return np.mean([by_seed[str(s)] for s in self.seeds], axis=0)
+        return np.mean([by_seed[str(s)] for s in self.seeds if str(s) in by_seed], axis=0)
 
     def mean(self, part, row, measure, seed=None, weights=None):
         """The mean over windows, of a seed or of all; with weights {corpus: (..., files)}, how
@@ -77,7 +78,10 @@ class Results:
 
 def draws(effect, results):
     """An effect, its value for each seed, and 10,000 draws of it."""
-    by_seed = [float(effect(results.of(seed))) for seed in results.seeds]
+    by_seed = []
+    for seed in results.seeds:
+        with suppress(KeyError):  # of a study that was stopped: not measured with this seed
+            by_seed.append(float(effect(results.of(seed))))
     error = np.std(by_seed, ddof=1) / len(by_seed) ** 0.5
     t = np.random.default_rng(1).standard_t(len(by_seed) - 1, DRAWS)
     return float(effect(results.of())), by_seed, effect(results.of(drawn=True)) + error * t
