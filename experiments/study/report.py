@@ -116,8 +116,8 @@ def draw_knows(results, axes):
     """What a next-token model knows about the token after next, and how much of it is kept."""
     dots(axes[0], results, [
         ("marginalised", BLUE, mean("knows", "python", "marginal")),
-        ("trained for it", ORANGE, mean("knows", "direct", "t+2")),
-        ("table of counts", GREY, mean("knows", "table", "t+2"))],
+        ("trained for it", ORANGE, mean("knows", "direct", "t+2, asked")),
+        ("table of counts", GREY, mean("knows", "table", "t+2, asked"))],
         "the token after next, Python", "right, % (right is better)")
     rows = [("1x16", "Python, 1 layer"), ("2x32", "Python, 2 layers"), ("python", "Python, 4"),
             ("shakespeare", "Shakespeare, 4"), ("logs", "logs, 4")]
@@ -135,16 +135,16 @@ def draw_heads(results, axes):
             ("sequential", "residual, reads the token before", "t+2")]
     dots(axes[0], results, [(label, BLUE, mean("frozen", row, what)) for row, label, what in rows],
          "heads on a frozen model", "token after next right, % (right is better)")
-    axes[0].axvline(100 * results.mean(*paper_a.MARGINAL), color=ORANGE, ls="--")
-    axes[0].text(100 * results.mean(*paper_a.MARGINAL), len(rows) - 0.45, "marginalised",
-                 color=ORANGE, ha="center", fontsize=8)
+    marginal = 100 * results.mean("frozen", "base", "marginal")
+    axes[0].axvline(marginal, color=ORANGE, ls="--", label="marginalised")
+    axes[0].legend(fontsize=8, frameon=False, loc="lower left")
     for what, color, mark in (("lens t+1", GREY, "s"), ("probe t+1", DARK, "^"),
                               ("probe t+2", BLUE, "o")):
         axes[1].plot(range(5), [100 * results.mean("frozen", f"layer {n}", what)
                                 for n in range(5)], color=color, marker=mark, label=what)
-    five = [("frozen", f"from layer {n}", "t+2") for n in (1, 2, 3)] + [paper_a.LAYER]
-    axes[1].plot(range(1, 5), [100 * results.mean(*key) for key in five], color=ORANGE, marker="D",
-                 label="t+2, by layers up to five")
+    heads = ["from layer 1", "from layer 2", "from layer 3", "1 layer"]
+    axes[1].plot(range(1, 5), [100 * results.mean("frozen", head, "t+2") for head in heads],
+                 color=ORANGE, marker="D", label="t+2, by new layers up to five")
     axes[1].set(title="what each layer holds", xlabel="layer (0: embeddings)", xticks=range(5),
                 ylabel="right, % (higher is better)")
     axes[1].legend(fontsize=8, frameon=False)
@@ -154,15 +154,16 @@ def draw_joint(results, axes):
     """What joint training gains for the head and costs the next-token model."""
     rows = ["residual", "residual, equal rates", "residual, weight 0.3", "residual, warm-up",
             "residual, WHS", "layer", "layer, WHS"]
-    frozen = {row: paper_a.LAYER if row.startswith("layer") else paper_a.RESIDUAL for row in rows}
+    one_layer = [row.startswith("layer") for row in rows]
+    colors = [ORANGE if is_layer else BLUE for is_layer in one_layer]
     dots(axes[0], results, [
-        (row, ORANGE if row.startswith("layer") else BLUE,
-         paper_a.more(("joint", row, "t+2"), frozen[row])) for row in rows],
-        "joint training: what the head gains", "points over the frozen head (right is better)")
+        (row, color, paper_a.narrower(row, "1 layer" if is_layer else "residual"))
+        for row, color, is_layer in zip(rows, colors, one_layer)],
+        "joint training: what the head gains",
+        "points closer to marginalisation than a frozen head (right is better)")
     dots(axes[1], results, [
-        ("", ORANGE if row.startswith("layer") else BLUE,
-         paper_a.more(("joint", row, "nats t+1"), ("joint", "no head", "nats t+1"), 1))
-        for row in rows], "what the next-token model pays",
+        ("", color, paper_a.more(("joint", row, "nats t+1"), ("joint", "no head", "nats t+1"), 1))
+        for row, color in zip(rows, colors)], "what the next-token model pays",
         "nats over training on without a head (left is better)")
 
 

@@ -18,6 +18,8 @@ from typing import Callable
 
 import numpy as np
 
+from data.prepare import require
+
 DRAWS = 10_000
 
 
@@ -82,6 +84,7 @@ def draws(effect, results):
     for seed in results.seeds:
         with suppress(KeyError):  # of a study that was stopped: not measured with this seed
             by_seed.append(float(effect(results.of(seed))))
+    require(len(by_seed) > 1, "a claim needs two seeds or more: go on with the study")
     error = np.std(by_seed, ddof=1) / len(by_seed) ** 0.5
     t = np.random.default_rng(1).standard_t(len(by_seed) - 1, DRAWS)
     return float(effect(results.of())), by_seed, effect(results.of(drawn=True)) + error * t
