@@ -88,7 +88,8 @@ def wrong_numbers(page, results):
 def unmarked_numbers(page):
     """Numbers with a decimal point in the page's prose that no comment explains."""
     prose = page.split(BEGIN)[0] + page.split(END)[1].split("## Log")[0]
-    prose = re.sub(r"`[^`]*`|\]\([^)]*\)|arXiv:?\s*[\d.]+|```.*?```", "", prose, flags=re.S)
+    prose = re.sub(r"```.*?```|`[^`]*`|\d{4}\.\d{5}", "", prose, flags=re.S)  # code, arXiv's ids
+    prose = re.sub("<!--.*?-->", "<!---->", prose)
     return re.findall(r"(?<![\w.])[-+]?\d+\.\d+%?(?!<!--)(?![\d.%])", prose)
 
 
