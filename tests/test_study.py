@@ -27,8 +27,8 @@ def study_of(tmp_path, **size):
     (tmp_path / "text.txt").write_text("the cat sat on the mat. " * 200)
     data = prepare(str(tmp_path / "text.txt"), out=str(tmp_path / "corpus"), val_fraction=0.2)
     shape = dict(n_layer=4, n_head=1, n_embd=16)
-    small = Size((1, 2), **dict(steps=4, head_steps=3, joint_steps=4, windows=6) | size, shape=shape)
-    return Study(small, tmp_path / "runs"), data
+    size = dict(steps=4, head_steps=3, joint_steps=4, windows=6, shape=shape) | size
+    return Study(Size((1, 2), **size), tmp_path / "runs"), data
 
 
 # Runs

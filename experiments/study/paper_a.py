@@ -208,7 +208,7 @@ def joint(study, seed):
 # ---- 5: from scratch -------------------------------------------------------------------------
 
 OFFSETS = {"MTP": "1,2,3,4", "leap": "1,3,5,7"}
-LONGER = 1.25  # a step of MTP takes so many of NTP's
+LONGER = 1.25  # of NTP: a step of MTP takes 1.2 of its steps
 
 
 def scratch_runs(study, seed):
