@@ -15,7 +15,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from common import Parser, one_line_errors
-from data.prepare import require
+from data.prepare import InputError, require
 from experiments.study import paper_a, paper_b
 from experiments.study.runs import ROOT
 from experiments.study.verdicts import Results, draws, judge
@@ -212,9 +212,11 @@ def draw_leap(results, axes):
 
 def draw_all(results):
     """experiments/results/study_NAME.png for each figure."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:
+        raise InputError("the figures need a package: pip install matplotlib") from None
+    plt.switch_backend("Agg")
     for draw, height in ((draw_knows, 2.6), (draw_heads, 3.8), (draw_joint, 3.4),
                          (draw_scratch, 3), (draw_leap, 7)):
         figure, axes = plt.subplots(1, 2, figsize=(11, height), layout="constrained")

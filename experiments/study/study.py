@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
-from common import (Parser, atomic_write, environment, one_line_errors, progress_bar,
-                    write_results)
+from common import (Parser, atomic_write, check_output, environment, one_line_errors,
+                    progress_bar, write_results)
 from data.prepare import InputError, prepare
 from experiments.study import paper_a, paper_b
 from experiments.study.runs import CORPORA, ROOT, SELECT, SIZES, Study
@@ -117,6 +117,7 @@ def main(argv=None):
     out = args.out or ROOT / "experiments" / "results" / f"study_{args.size}.json"
     with one_line_errors("study.py"):
         begin = time.time()
+        check_output(out)
         study = Study(SIZES[args.size], args.folder or ROOT / "runs" / f"study-{args.size}")
         study.folder.mkdir(parents=True, exist_ok=True)
         for corpus in CORPORA:
