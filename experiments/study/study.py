@@ -1,6 +1,6 @@
 """The study: both papers' claims, tried on models that are small enough to train on a laptop.
 
-    python experiments/study/study.py --size quick      # 15 minutes on 2 CPU cores
+    python experiments/study/study.py --size quick      # 15 minutes on 2 CPU cores, no verdicts
     python experiments/study/study.py                   # all of it: 2 hours
     python experiments/study/report.py                  # then: the table and figures of the page
 
