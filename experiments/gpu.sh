@@ -10,7 +10,7 @@ TAR=$(realpath -m "${2:?the tar file to write}")
 cd "$(dirname "$0")/.."
 PY=${PYTHON:-python}
 OUT=$(mktemp -d)
-END=$((SECONDS + ${LIMIT:-350}))
+END=$((SECONDS + 350))
 export PYTHONUNBUFFERED=1
 
 try() {  # NAME SECONDS ARGUMENTS...: run Python for at most SECONDS; keep what it prints

@@ -137,14 +137,16 @@ def test_steps_of_a_chain_are_those_that_its_accepted_drafts_allow():
     right = {(o, b): r == 0 for (o, b), r in ranks.items()}
     expected = []
     for w in range(3):
-        t, steps = 15, 0
+        t = 15
+        steps = 0
         while t < 63:
             n = 0
             for o, b in ((3, 1), (3, 0), (5, 1), (5, 0)):
                 if not right[o, b][w, t]:
                     break
                 n += 1
-            t, steps = t + 1 + n, steps + 1
+            t += 1 + n
+            steps += 1
         expected.append(steps)
     assert steps_of(chain((1, 3, 5)), ranks).tolist() == expected
 

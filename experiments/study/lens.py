@@ -18,6 +18,7 @@ def layers(model, idx):
     return torch.stack([model.gpt.transformer.ln_f(x) for x in stream])
 
 
+@torch.enable_grad()
 def train_probes(model, corpus, steps, seed, offsets=(1, 2), lr=3e-3):
     """-> {offset: (weight (L + 1, V, C), bias (L + 1, 1, V))} of probes of every layer"""
     torch.manual_seed(seed)
@@ -42,13 +43,15 @@ def train_probes(model, corpus, steps, seed, offsets=(1, 2), lr=3e-3):
     return probes
 
 
+@torch.no_grad()
 def probes(study, base, seed):
     """-> {"layer l": {"lens t+1", "probe t+1", "probe t+2": how often right, by file}}"""
-    model, text = load(base), study.text(base)
+    model = load(base)
+    text = study.text(base)
     trained = train_probes(model, study.corpus(base), study.size.head_steps, seed)
     half = CONTEXT // 2
     right = {}
-    for idx in text.windows.split(64):  # no gradient is followed: argmax has none
+    for idx in text.windows.split(64):
         h = layers(model, idx[:, :-1])  # (L + 1, B, T, C)
         for layer, x in enumerate(h):
             said = {"lens t+1": (1, model.gpt.lm_head(x))}

@@ -73,7 +73,8 @@ def back_off(corpus, text, at, longest=8):
         pair = hashed[longest:-2] >> np.uint64(9) << np.uint64(9) | train[longest + 2:]
         pair, count = np.unique(pair, return_counts=True)
         order = np.lexsort((count, pair >> np.uint64(9)))
-        context, best = pair[order] >> np.uint64(9), pair[order] & np.uint64(511)
+        context = pair[order] >> np.uint64(9)
+        best = pair[order] & np.uint64(511)
         i = np.searchsorted(context, asked[:, at] >> np.uint64(9), side="right") - 1
         found = (i >= 0) & (context[i] == asked[:, at] >> np.uint64(9))
         guess = np.where(found, best[i], guess)
@@ -83,7 +84,8 @@ def back_off(corpus, text, at, longest=8):
 
 def known(study, run, offsets=(1,), marginalised=False):
     """Everything that is measured of a run."""
-    model, text = load(run), study.text(run)
+    model = load(run)
+    text = study.text(run)
     found = {}
     for offset in offsets:
         found |= next_tokens(study, model, text, offset)
@@ -127,6 +129,7 @@ def choose(study, kind, recipe):
 
 
 def chosen_file(study, kind, recipe):
+    """Where that rate is kept."""
     return study.folder / f"chosen-{kind}-{recipe}.json"
 
 
@@ -258,7 +261,8 @@ def gap(part, row, model, what="t+2, asked"):
 def narrower(row, frozen):
     """The effect: how much closer to marginalisation, of the model trained on without a head, a
     head is that trained jointly, than one on the frozen model is to that model's."""
-    before, after = gap("frozen", frozen, BASE), gap("joint", row, ("joint", "no head"))
+    before = gap("frozen", frozen, BASE)
+    after = gap("joint", row, ("joint", "no head"))
     return lambda m: before(m) - after(m)
 
 

@@ -79,7 +79,8 @@ def leap(study, seed):
     accuracy}}"""
     rows = {}
     for name, run in leap_runs(study, seed).items():
-        model, text = load(run), study.text(run)
+        model = load(run)
+        text = study.text(run)
         rows[name] = drafting(model, text) | written_text(model, text, study.size.prompts)
     return rows
 

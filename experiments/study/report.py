@@ -77,7 +77,7 @@ def fact(results, key):
 def wrong_numbers(page, results):
     """The marked numbers of a page that differ from the results: a list of (text, key, value)"""
     found = []
-    for text, percent, key in re.findall(r"([-+]?\d+(?:\.\d+)?)(%?)<!--([^ ]*?.*?)-->", page):
+    for text, percent, key in re.findall(r"([-+]?\d+(?:\.\d+)?)(%?)<!--(.+?)-->", page):
         value = float(fact(results, key)) * (100 if percent else 1)
         decimals = len(text.partition(".")[2])
         if f"{value:.{decimals}f}" != text.lstrip("+"):
@@ -237,7 +237,8 @@ def main(argv=None):
         print(lines)
         if args.size == "full":
             page = PAGE.read_text()
-            before, after = page.split(BEGIN)[0], page.split(END)[1]
+            before = page.split(BEGIN)[0]
+            after = page.split(END)[1]
             PAGE.write_text(before + BEGIN + lines + END + after)
             draw_all(results)
             for text, key, value in wrong_numbers(page, results):

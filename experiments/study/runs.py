@@ -20,7 +20,7 @@ from experiments.trees import Node, draft_ranks, simulate, step_begins
 from heads import MultiTokenGPT, draft_sources
 from model import GPT
 
-SELECT = 0   # the seed on which what is chosen is chosen; it judges nothing
+SELECT = 0   # the seed on which rates and a layer are chosen; its models judge nothing
 CONTEXT = 128
 PROMPT = 16  # tokens of a window that are given where text is written
 CORPORA = ("python", "shakespeare", "logs")
@@ -31,7 +31,7 @@ class Size:
     """How large the study is."""
     seeds: tuple      # those that judge
     steps: int        # of models from scratch
-    head_steps: int   # of heads on a frozen model, which then hardly improve
+    head_steps: int   # of heads on a frozen model
     joint_steps: int  # of joint training, which takes about as long as those
     windows: int      # of held-out text
     positions: int = 8   # in each, where a model is marginalised
@@ -118,7 +118,6 @@ class Study:
         out.mkdir(exist_ok=True)
         save_checkpoint(made, MultiTokenGPT(gpt, model.heads_config), **state)
         return out
-
 
     def corpus(self, run):
         """The corpus of a run."""
