@@ -15,8 +15,8 @@ before it. At temperature T the target is argmax(logits + T * noise), and the Gu
 fixed function of (seed, row, position, token): an exact sample of softmax(logits / T), however
 many tokens are verified at once. NTP is the same code with a block of one.
 
-From the top: the idea, picking a token, the decoder, compiling its step, real text, comparing
-methods, streaming one text, the command line.
+From the top: the idea, picking a token, the decoder, compiling its step, comparing methods,
+streaming one text, the command line.
 """
 import codecs
 import copy
@@ -25,7 +25,6 @@ import os
 import statistics
 import sys
 import time
-from contextlib import contextmanager, nullcontext
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
 from types import FunctionType
@@ -35,7 +34,7 @@ import torch
 from common import (Parser, can_compile, check_output, corpus_of, environment, load_model,
                     one_line_errors, pick_device, progress_bar, tokenizer_name, write_results)
 from data.prepare import get_tokenizer, require
-from heads import (DraftHeads, MultiTokenGPT, check_offsets, draft_sources, look_up,
+from heads import (DraftHeads, MultiTokenGPT, accepted_drafts, draft_sources, look_up,
                    parse_offsets)
 from model import causal_mask, empty_cache
 
@@ -94,13 +93,13 @@ def gumbel_noise(seed, row, position, tokens):
     return -torch.log(-torch.log(uniform))
 
 
-def filter_logits(logits, temperature, top_k=None, top_p=None):
+def filter_logits(logits, temperature, top_k=None, top_p=1.0):
     """Set to -inf all logits (..., V) but the top_k largest, and then all beyond the smallest set
     of tokens whose probability reaches top_p. Ties of the last kept token are kept."""
-    if top_k is not None:
+    if top_k:
         kth = logits.topk(min(top_k, logits.shape[-1])).values[..., -1:]
         logits = logits.masked_fill(logits < kth, -math.inf)
-    if top_p is not None:
+    if top_p < 1:
         best = logits.amax(-1, keepdim=True)
         probs = ((logits - best) / temperature).softmax(-1)
         step = probs.amax(-1, keepdim=True)  # (..., 1)
@@ -153,7 +152,7 @@ class Decoder:
     lookup: int = 0             # draft so many tokens by prompt lookup, instead of by heads
     temperature: float = 0.0    # 0 is greedy
     top_k: int = None           # sample among the k most probable tokens,
-    top_p: float = None         # or among the best tokens that together have this probability
+    top_p: float = 1.0          # or among the best tokens that together have this probability
     seed: int = 0               # of the noise, modulo 2^32
     dtype: torch.dtype = None   # decode with a copy of the model in, say, torch.bfloat16
     compile: bool = False       # torch.compile the step, on CUDA replayed as one graph
@@ -167,12 +166,11 @@ class Decoder:
         self.model = ready(self.model, self.dtype)
         config = self.model.gpt.config
         offsets = (1,) if self.lookup else self.offsets or self.model.offsets
-        self.offsets = check_offsets(offsets, self.model.offsets)
+        self.offsets = parse_offsets(offsets, self.model.offsets)
         self.max_length = self.max_length or config.block_size
         require(self.max_length <= config.block_size,
                 f"max_length must be at most the context of {config.block_size}")
-        require(0 <= self.temperature < math.inf and (self.top_k is None or self.top_k > 0) and
-                (self.top_p is None or 0 < self.top_p <= 1),
+        require(0 <= self.temperature < math.inf and (self.top_k or 1) > 0 and 0 < self.top_p <= 1,
                 "temperature must be 0 or more, top_k at least 1, and top_p in (0, 1]")
 
         # Draft i of a block, at distance i + 2, comes from head number head[i], look_back[i] tokens
@@ -191,47 +189,47 @@ class Decoder:
         self.device = weight.device
         kind = torch.float32 if self.device.type == "cpu" else weight.dtype
         with self.device:
-            self.vocab = None
-            if self.draft_vocab is not None:  # sorted: ties fall to the same token as without it
-                self.vocab = torch.tensor(sorted(set(self.draft_vocab)))
-            self.heads = DraftHeads(self.model, self.offsets, self.vocab)
+            self.vocab = torch.arange(config.vocab_size)
+            self.drafted = self.vocab  # what heads draft; sorted, so that ties fall alike
+            if self.draft_vocab is not None:
+                self.drafted = torch.tensor(sorted(set(self.draft_vocab)))
+            self.heads = DraftHeads(self.model, self.offsets, self.drafted)
             self.source = torch.tensor([self.head, self.look_back])  # (2, N - 1)
             self.slot = torch.arange(S)                       # (S,)
             self.row = torch.arange(B)[:, None]               # (B, 1)
             self.noise_row = self.row.clone()                 # (B, 1) keys the sampling noise
-            self.tokens = torch.zeros(B, S).long()            # the texts, prompts included
+            self.tokens = torch.zeros(B, S).long()            # the texts, and drafts after them
             self.distance = torch.zeros(B, S).long()          # as in Generation
             self.position = torch.zeros(B).long()             # of each last known token, the root
             self.limit = torch.zeros(B).long()                # of each last wanted token
             self.stops = torch.zeros(config.vocab_size) > 0   # which tokens end a text
-            self.block = torch.zeros(B, self.rows).long()     # the root, its drafts and padding
             self.cache = empty_cache(config, config.n_layer, B, S, kind, self.device)
             self.head_caches = self.heads.caches(B, S, kind, self.device)
-            # What each head computed at the W newest positions: position p is in slot p % W.
+            # What each head computed at the positions that draft or did.
             width = config.n_embd * (3 if self.heads.sequential else 1)
-            self.z = torch.zeros(B, self.W, len(self.offsets) - 1, width, dtype=weight.dtype)
+            self.z = torch.zeros(B, S, len(self.offsets) - 1, width, dtype=weight.dtype)
         self.run_step = compile_step(self) if self.compile else torch.no_grad()(self.step)
 
     def step(self):
         """One step of all texts. Nothing in it waits for the host, and all shapes are fixed."""
         start = self.position.clone()  # (B,)
+        position = start[:, None] + torch.arange(self.rows, device=self.device)  # (B, rows)
+        block = self.tokens[self.row, position]
         # Verify: the target after each token of the block.
-        h, for_heads = self.forward_block(self.block, start)  # (B, rows, C)
-        after = start[:, None] + 1 + torch.arange(self.rows, device=self.device)  # (B, rows)
-        target = self.pick(self.model.gpt.lm_head(h), after)
+        h, for_heads = self.forward_block(block, start)  # (B, rows, C)
+        target = self.pick(self.model.gpt.lm_head(h), position + 1, self.vocab)
         # Accept the drafts before the first one that is not the target there.
-        right = self.block[:, 1:self.N] == target[:, :self.N - 1]
+        right = block[:, 1:self.N] == target[:, :self.N - 1]
         n = right.long().cumprod(1).sum(1)  # (B,)
         # Emit them and the bonus token. Draft what follows it.
-        self.emit(target, after, n)
+        self.emit(target, position + 1, n)
         self.draft(for_heads, start, n)
 
     def forward_block(self, tokens, start):
         """Run tokens (B, T), which stand from `start` (B,) on, through the GPT and through heads
         that attend. -> the GPT's hidden states (B, T, C), and (B, T, ...) for DraftHeads.alone"""
-        S = len(self.slot)
         position = start[:, None] + torch.arange(tokens.shape[1], device=self.device)  # (B, T)
-        slots = (position + S * self.row).flatten()
+        slots = (position + len(self.slot) * self.row).flatten()
         mask = causal_mask(position, self.slot, self.cache[0].dtype)
         position = position.clamp(max=self.model.gpt.config.block_size - 1)
         stream = self.model.gpt.residual_stream(tokens, position, self.cache, slots, mask)
@@ -253,22 +251,22 @@ class Decoder:
     def draft(self, h, start, n):
         """Draft the next block from h (B, T, ...), from forward_block, of the tokens from `start`
         (B,) on. Those up to the n-th (B,) are of the text."""
-        root = self.tokens.gather(1, self.position[:, None])  # (B, 1)
-        drafts = []
+        after = self.position[:, None] + torch.arange(1, self.N, device=self.device)
         if self.lookup:
-            drafts = [look_up(self.tokens, self.position, self.lookup)]
-        elif self.N > 1:
-            z = self.remember(h, start, n)  # (B, N - 1, C or 3C)
-            after = self.position[:, None] + torch.arange(1, self.N, device=self.device)
-            if self.heads.sequential:  # one after another: each reads the draft before
-                previous = root
-                for j, head in enumerate(self.head):
-                    logits = self.heads.logits_after(z[:, j:j + 1], head, previous)
-                    previous = self.pick(logits, after[:, j:j + 1], self.vocab)
-                    drafts.append(previous)
-            else:
-                drafts = [self.pick(self.heads.unembed(z), after, self.vocab)]
-        self.block[:, :self.N] = torch.cat([root, *drafts], dim=1)
+            drafts = look_up(self.tokens, self.position, self.lookup)
+        elif self.N == 1:
+            return
+        elif self.heads.sequential:  # one after another: each reads the draft before
+            z = self.remember(h, start, n)  # (B, N - 1, 3C)
+            drafts = [self.tokens.gather(1, self.position[:, None])]  # the root
+            for j, head in enumerate(self.head):
+                logits = self.heads.logits_after(z[:, j:j + 1], head, drafts[-1])
+                drafts.append(self.pick(logits, after[:, j:j + 1], self.drafted))
+            drafts = torch.cat(drafts[1:], dim=1)
+        else:
+            logits = self.heads.unembed(self.remember(h, start, n))
+            drafts = self.pick(logits, after, self.drafted)
+        self.tokens[self.row, after] = drafts
 
     def remember(self, h, start, n):
         """Run the heads on h (see draft) and remember what they compute. -> z (B, N - 1, C or 3C)
@@ -276,18 +274,17 @@ class Decoder:
         # Only W positions draft. Where fewer tokens are new, the first of them is taken again.
         i = (n[:, None] - torch.arange(self.W, device=self.device)).clamp(min=0)  # (B, W)
         new = self.heads.alone(h[self.row, i])  # (B, W, H, C or 3C)
-        self.z[self.row, (start[:, None] + i) % self.W] = new
+        self.z[self.row, start[:, None] + i] = new
         heads, look_back = self.source
         newest = self.position[:, None] - 1
-        return self.z[self.row, (newest - look_back) % self.W, heads]
+        return self.z[self.row, newest - look_back, heads]
 
-    def pick(self, logits, position, vocab=None):
-        """The tokens for `position` (B, n): logits (B, n, K) of the tokens in vocab (K,), None:
-        all -> (B, n) int64"""
-        best = self.scores(logits, self.noise_row, position, vocab).argmax(-1)
-        return best if vocab is None else vocab[best]
+    def pick(self, logits, position, vocab):
+        """The tokens for `position` (B, n): logits (B, n, K) of the tokens in vocab (K,) ->
+        (B, n) int64"""
+        return vocab[self.scores(logits, self.noise_row, position, vocab).argmax(-1)]
 
-    def scores(self, logits, row, position, vocab=None):
+    def scores(self, logits, row, position, vocab):
         """What the token at `position` of text `row` is the argmax of -> (..., K).
 
         At temperature T, logits + T * noise (the Gumbel-max trick). The noise belongs to the
@@ -296,8 +293,6 @@ class Decoder:
         if self.temperature == 0:
             return logits
         logits = filter_logits(logits.float(), self.temperature, self.top_k, self.top_p)
-        if vocab is None:
-            vocab = torch.arange(logits.shape[-1], device=self.device)
         noise = gumbel_noise(self.seed & 0xFFFFFFFF, row, position, vocab)
         return logits + self.temperature * noise
 
@@ -312,7 +307,7 @@ class Decoder:
         self.check(prompts, max_new_tokens)
         begin = clock(self.device)
         g = Generation([], [])
-        B = len(self.row)
+        B = self.batch_size
         for first in range(0, len(prompts), B):
             batch = prompts[first:first + B]
             self.start(batch, max_new_tokens, stop_token, first_row + first)
@@ -332,24 +327,19 @@ class Decoder:
         return g
 
     def start(self, prompts, max_new_tokens, stop_token, first_row):
-        """Prefill: read up to batch_size prompts and draft their first blocks. Shorter ones are
-        padded on the right: what is cached there is overwritten before anything sees it. Spare
-        rows repeat the first prompt and end at once."""
-        B, S = self.tokens.shape
-        n = len(prompts)
-        prompts = prompts + prompts[:1] * (B - n)
-        lengths = torch.tensor([len(p) for p in prompts], device=self.device)
-        self.tokens.copy_(torch.tensor([[*p] + [0] * (S - len(p)) for p in prompts]))
+        """Prefill: read up to batch_size prompts and draft their first blocks. What is cached
+        behind a shorter one is overwritten before anything sees it. Spare rows end at once."""
+        for state in (self.tokens, self.position, self.limit, self.stops, self.z):
+            state.zero_()
         self.noise_row.copy_(self.row + first_row)
-        self.position.copy_(lengths - 1)
-        self.limit.copy_(self.position + max_new_tokens)
-        self.limit[n:] = 0
-        self.stops.zero_()
         if stop_token is not None:
             self.stops[torch.tensor(stop_token)] = True
-        self.z.zero_()
+        for i, prompt in enumerate(prompts):
+            self.tokens[i, :len(prompt)] = torch.tensor(prompt)
+            self.position[i] = len(prompt) - 1
+            self.limit[i] = self.position[i] + max_new_tokens
         beginning = torch.zeros_like(self.position)
-        longest = max(1, int(lengths.max()) - 1)
+        longest = max(1, max(map(len, prompts)) - 1)
         _, for_heads = self.forward_block(self.tokens[:, :longest], beginning)
         self.draft(for_heads, beginning, self.position - 1)
 
@@ -382,46 +372,41 @@ def clock(device):
 # ---- Compiling the step ----------------------------------------------------------------------
 
 def compile_step(decoder):
-    """decoder.step as one compiled program without arguments, on CUDA as one graph."""
+    """decoder.step as one compiled program without arguments, on CUDA as one graph.
+
+    On a CPU, weights are frozen into the program where that pays, in 16 bits and when they are
+    large: oneDNN's kernels read such packed weights at the speed of the memory. With autotune, the
+    fastest kernel of each product is used, oneDNN's or Inductor's own (docs/performance.md)."""
     # torch.compile keeps programs with a function's code object, searches them at each call and
     # gives up after eight. A copy of the code has one program, which needs no guards.
     step = type(decoder).step
     step = FunctionType(step.__code__.replace(), step.__globals__, "step", None, step.__closure__)
     options = dict(guard_filter_fn=lambda guards: [False] * len(guards))
-    cuda = decoder.device.type == "cuda"
-    if cuda:
-        options["realize_reads_threshold"] = 1  # compute the mask once, not anew in each layer
-    else:
-        options["cpp_wrapper"] = True  # the kernels are called from C++, not from Python
     program = torch.compile(step, fullgraph=True, dynamic=False, options=options)
-    with nullcontext() if cuda else cpu_kernels(decoder), torch.no_grad():
-        program(decoder)  # `start` resets what it does to the state
-    step = partial(program, decoder)
-    return captured(step, decoder.device) if cuda else step
 
-
-@contextmanager
-def cpu_kernels(decoder):
-    """While Inductor compiles, choose how a CPU multiplies matrices. Weights are frozen into the
-    program where that pays, in 16 bits and when they are large: oneDNN's kernels read such packed
-    weights at the speed of the memory. With autotune, the fastest kernel of each product is used,
-    oneDNN's or Inductor's own (measured in docs/performance.md)."""
+    cuda = decoder.device.type == "cuda"
     weight = decoder.model.gpt.lm_head.weight
     exact = weight.dtype == torch.float32
     large = weight.shape[1] >= 384
-    options = dict(freezing=large or not exact or decoder.autotune)
     matmul = torch.backends.mkldnn.matmul
     precision = matmul.fp32_precision
-    if decoder.autotune:
-        options |= dict(max_autotune=True, max_autotune_gemm_backends="CPP,ATEN",
-                        autotune_num_choices_displayed=0)  # does not print
-    elif large and exact:  # else Inductor takes MKL, which is slow on AMD's CPUs
-        matmul.fp32_precision = "tf32"
+    settings = dict(
+        cpp_wrapper=True,  # C++ calls the kernels, not Python
+        freezing=large or not exact or decoder.autotune)
+    if cuda:
+        settings = dict(realize_reads_threshold=1)  # the mask once, not anew in each layer
+    elif decoder.autotune:
+        settings |= dict(max_autotune=True, max_autotune_gemm_backends="CPP,ATEN",
+                         autotune_num_choices_displayed=0)  # does not print
+    elif large and exact:
+        matmul.fp32_precision = "tf32"  # else Inductor takes MKL, which is slow on AMD's CPUs
     try:
-        with torch._inductor.config.patch(options):
-            yield
+        with torch._inductor.config.patch(settings), torch.no_grad():
+            program(decoder)  # `start` resets what it does to the state
     finally:
         matmul.fp32_precision = precision
+    step = partial(program, decoder)
+    return captured(step, decoder.device) if cuda else step
 
 
 def captured(step, device):
@@ -437,46 +422,6 @@ def captured(step, device):
         with torch.cuda.graph(graph, stream=stream):
             step()
     return lambda keep_alive=step: graph.replay()
-
-
-# ---- Real text, by teacher forcing -----------------------------------------------------------
-# Greedy text of a small model falls into loops, which flatters every drafter.
-
-@torch.no_grad()
-def accepted_drafts(model, offsets, windows, lookup=0):
-    """How many drafts a step would have accepted whose root is at each position of real text:
-    windows (n, T) int64 -> (n, T) int64; to be used from position max(offsets) on, and as far as
-    the text goes. A draft counts only if all before it do, so a sequential head may read the text
-    itself."""
-    T = windows.shape[1]
-    position = torch.arange(T, device=windows.device)
-    accepted = []
-    for idx in windows:  # one by one, because logits are large
-        drafts = look_up(idx.expand(T, T), position, lookup)  # (T, N - 1)
-        if not lookup:
-            h = model.hidden_states(idx[None])
-            drafts = idx.new_empty(T, offsets[-1] - 1)
-            for j, (o, b) in draft_sources(offsets).items():
-                logits = model.offset_logits(h, o, idx.roll(1 - o)[None])  # (1, T, V)
-                drafts[:, j - 2] = logits[0].argmax(-1).roll(1 + b)
-        distance = torch.arange(1, drafts.shape[1] + 1, device=idx.device)
-        right = drafts == idx[(position[:, None] + distance) % T]  # (T, N - 1)
-        accepted.append(right.long().cumprod(1).sum(1))
-    return torch.stack(accepted)
-
-
-def real_text_steps(accepted, prompt_tokens=16):
-    """The steps in which a decoder writes real text after prompts of so many tokens: accepted
-    (n, T), from accepted_drafts -> a Generation without texts"""
-    g = Generation([], [])
-    for row in accepted.tolist():
-        distances = []
-        new = len(row) - prompt_tokens
-        while len(distances) < new:
-            n = row[prompt_tokens - 1 + len(distances)]
-            distances += [*range(2, n + 2), 1]
-        g.distances.append(distances[:new])
-    return g
 
 
 # ---- Comparing methods -----------------------------------------------------------------------
@@ -496,7 +441,21 @@ def drafting(method, offsets):
     model with these offsets. Raises InputError."""
     if method == "lookup":
         return dict(offsets=(1,), lookup=8)
-    return dict(offsets=check_offsets(parse_offsets(method), offsets), lookup=0)
+    return dict(offsets=parse_offsets(method, offsets), lookup=0)
+
+
+def real_text_steps(accepted, prompt_tokens=16):
+    """The steps in which a decoder writes real text after prompts of so many tokens: accepted
+    (n, T), from accepted_drafts -> a Generation without texts"""
+    g = Generation([], [])
+    for row in accepted.tolist():
+        distances = []
+        new = len(row) - prompt_tokens
+        while len(distances) < new:
+            n = row[prompt_tokens - 1 + len(distances)]
+            distances += [*range(2, n + 2), 1]
+        g.distances.append(distances[:new])
+    return g
 
 
 def compare(decoders, prompts, new_tokens, rounds=5, progress=True):
@@ -538,27 +497,20 @@ def print_table(records):
               f"{'identical' if r['identical'] else 'DIFFERS':11}{accepted}")
 
 
-def sampling(args):
-    """How to sample, as options of a Decoder."""
-    return dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed)
-
-
-def report(model, state, args):
+def report(model, state, options, args):
     """Compare methods on greedy, sampled and real text, and print it."""
-    device = pick_device(args.device)
     context = model.gpt.config.block_size
     corpus = corpus_of(args.run, model, state, args.data)
-    length = args.prompt_tokens or min(64, context // 4)
-    n = args.new_tokens or max(1, min(192, context - length))
+    length = min(64, context // 4)
+    n = min(args.new_tokens, context - length)
     prompts = corpus.windows("val", args.prompts, length).tolist()
+    device = model.gpt.lm_head.weight.device
     windows = corpus.windows("val", 32, context).to(device)
-    methods = list(dict.fromkeys(["1", *(args.methods or default_methods(model.offsets))]))
+    methods = ["1", *(args.methods or default_methods(model.offsets))]
     draftings = {method: drafting(method, model.offsets) for method in methods}
-    model = ready(model.to(device), getattr(torch, args.dtype))  # one copy for all decoders
-    options = dict(sampling(args), batch_size=args.batch_size)
-    Decoder(model, **options).check(prompts, n)  # before the work
-    options |= dict(max_length=length + n, compile=not args.eager and can_compile(device),
-                    autotune=args.autotune)
+    options |= dict(batch_size=args.batch_size, max_length=length + n)
+    Decoder(model, **options)  # errors come before the work
+    options["compile"] = not args.eager and can_compile(device)
     print(f"{args.run}: offsets {model.offsets}; {len(prompts)} prompts, {n} new tokens each, "
           f"{args.dtype} on {device}, {'compiled' if options['compile'] else 'eager'}")
     results = dict(environment=environment(device), args=vars(args))
@@ -595,14 +547,13 @@ def paint(text, distance):
     return "\n".join(f"\033[{style}m{line}\033[0m" if line else "" for line in text.split("\n"))
 
 
-def stream(model, state, args):
+def stream(model, state, options, args):
     """Print the continuation of --prompt as it is accepted, until the text ends."""
     tokenizer = get_tokenizer(tokenizer_name(model, state))
-    method = (args.methods or default_methods(model.offsets))[-1]
     prompt = tokenizer.encode_ordinary(args.prompt)
-    n = args.new_tokens or max(1, min(192, model.gpt.config.block_size - len(prompt)))
-    decoder = Decoder(model.to(pick_device(args.device)), dtype=getattr(torch, args.dtype),
-                      **sampling(args), **drafting(method, model.offsets))
+    n = max(1, min(args.new_tokens, model.gpt.config.block_size - len(prompt)))
+    method = (args.methods or default_methods(model.offsets))[-1]
+    decoder = Decoder(model, **options, **drafting(method, model.offsets))
     color = sys.stdout and sys.stdout.isatty() and "NO_COLOR" not in os.environ
     utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # a token may end inside a character
     shown = 0
@@ -626,8 +577,11 @@ def stream(model, state, args):
 
 # ---- The command line ------------------------------------------------------------------------
 
-def make_parser():
-    """The options."""
+COMPARING = ("data", "prompts", "batch_size", "rounds", "eager", "out")  # not with --prompt
+
+
+def main(argv=None):
+    """Compare methods, or continue a text. Bad input is one line and status 2."""
     p = Parser(prog="decode.py", description="Compare NTP, prompt lookup, MTP and leap decoding: "
                "tokens per step, what a step costs in NTP's steps, and speedup, which is their "
                "quotient. Or continue a --prompt.")
@@ -639,37 +593,34 @@ def make_parser():
              "to stream: all offsets, or lookup without heads", nargs="+", metavar="OFFSETS")
     p.option("temperature", 1.0, "of sampled text")
     p.option("top-k", None, "sample among the k most probable tokens", type=int, least=1)
-    p.option("top-p", None, "sample among the best tokens of this probability", type=float)
+    p.option("top-p", 1.0, "sample among the best tokens of this probability")
     p.option("seed", 0, "of the sampling noise")
-    p.option("new-tokens", None, "how many to write; default: at most 192", type=int, least=1)
+    p.option("new-tokens", 192, "how many to write, as far as the context goes", least=1)
     p.option("device", "auto", "auto, cpu, cuda, cuda:1, mps")
     p.option("dtype", "float32", "in bfloat16 near-ties may fall another way: "
              "experiments/rounding.py", choices=["float32", "bfloat16"])
     p.group = p.add_argument_group("to compare")
     p.option("data", None, "corpus of the held-out prompts; default: the one trained on")
     p.option("prompts", 32, "how many", least=1)
-    p.option("prompt-tokens", None, "their length; default: at most 64", type=int, least=1)
     p.option("batch-size", 1, "prompts decoded at once", least=1)
     p.option("rounds", 5, "timed repetitions; medians are shown", least=1)
     p.option("eager", False, "do not torch.compile the step")
-    p.option("autotune", False, "on a CPU: the fastest step; half a minute more to compile")
     p.option("out", None, "also write the comparison as JSON", metavar="FILE")
-    return p
-
-
-def main(argv=None):
-    """Compare methods, or continue a text. Bad input is one line and status 2."""
-    parser = make_parser()
-    args = parser.parse_args(argv)
+    args = p.parse_args(argv)
     with one_line_errors("decode.py"):
         check_output(args.out)
+        device = pick_device(args.device)
         model, state = load_model(args.run)
+        model = ready(model.to(device), getattr(torch, args.dtype))
+        options = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
+                       seed=args.seed)
         if args.prompt is None:
-            return report(model, state, args)
-        parser.refuse(args, ["data", "prompts", "prompt_tokens", "batch_size", "rounds", "eager",
-                             "autotune", "out"], "does not go with --prompt")
+            return report(model, state, options, args)
+        for name in COMPARING:
+            require(getattr(args, name) == p.get_default(name),
+                    f"--{name.replace('_', '-')} does not go with --prompt")
         require(len(args.methods or [0]) == 1, "--prompt takes one of --methods")
-        stream(model, state, args)
+        stream(model, state, options, args)
 
 
 if __name__ == "__main__":

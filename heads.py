@@ -10,7 +10,7 @@ Offset 1 is always the GPT's own unembedding; each further offset gets a head. A
 frozen GPT therefore never changes its next-token prediction.
 
 From the top: offsets, draft sources and prompt lookup, the heads, the model that holds them, the
-joint loss, the heads as a decoder runs them.
+joint loss, drafts on real text, the heads as a decoder runs them.
 """
 import math
 from dataclasses import dataclass
@@ -26,23 +26,18 @@ from model import Block, empty_cache
 
 # ---- Offsets, and where a draft comes from ---------------------------------------------------
 
-def parse_offsets(text):
-    """"1,3,5,7" -> (1, 3, 5, 7). Raises InputError."""
+def parse_offsets(offsets, available=None):
+    """"1,3,5,7", or a sequence of ints, -> (1, 3, 5, 7). Raises InputError unless they start with
+    1, increase and are among the available ones."""
     try:
-        return check_offsets(int(o) for o in text.split(","))
+        parsed = tuple(map(int, offsets.split(",") if isinstance(offsets, str) else offsets))
     except ValueError:
-        raise InputError(f"offsets start with 1 and increase, as in 1,2,3,4; not {text}") from None
-
-
-def check_offsets(offsets, available=None):
-    """The offsets as a tuple. Raises InputError unless they start with 1, increase and are
-    available."""
-    offsets = tuple(offsets)
-    require(offsets[:1] == (1,) and list(offsets) == sorted(set(offsets)),
+        parsed = ()
+    require(parsed[:1] == (1,) and list(parsed) == sorted(set(parsed)),
             f"offsets start with 1 and increase, as in 1,2,3,4; not {offsets}")
-    missing = set(offsets) - set(available or offsets)
+    missing = set(parsed) - set(available or parsed)
     require(not missing, f"the model has no head for offset {missing}, only for {available}")
-    return offsets
+    return parsed
 
 
 def draft_sources(offsets):
@@ -96,7 +91,7 @@ class HeadsConfig:
     sequential: bool = False  # each head also reads the token just before the one it predicts
 
     def __post_init__(self):
-        self.offsets = check_offsets(self.offsets)
+        self.offsets = parse_offsets(self.offsets)
         require(self.kind in LAYERS, f"unknown kind of head {self.kind!r}: {', '.join(LAYERS)}")
         require(self.n_layer > 0, f"a head needs at least one layer, not {self.n_layer}")
 
@@ -288,6 +283,34 @@ def joint_loss(model, idx, weights=None, backward=False):
     return losses
 
 
+# ---- Drafts on real text, by teacher forcing -------------------------------------------------
+
+@torch.no_grad()
+def accepted_drafts(model, offsets, windows, lookup=0):
+    """How many drafts a step would have accepted whose root is at each position of real text:
+    windows (n, T) int64 -> (n, T) int64; to be used from position max(offsets) on, and as far as
+    the text goes. A draft counts only if all before it do, so a sequential head may read the text
+    itself."""
+    accepted = []
+    for idx in windows:  # (T,), one by one, because logits are large
+        if lookup:
+            position = torch.arange(len(idx), device=idx.device)
+            drafts = look_up(idx.expand(len(idx), -1), position, lookup).unbind(1)
+        else:
+            h = model.hidden_states(idx[None])
+            best = {}
+            for o in offsets:
+                logits = model.offset_logits(h, o, idx.roll(1 - o)[None])  # (1, T, V)
+                best[o] = logits[0].argmax(-1)
+            drafts = [best[o].roll(1 + b) for o, b in draft_sources(offsets).values()]
+        n = torch.zeros_like(idx)
+        for i, draft in enumerate(drafts):  # (T,) each
+            right = draft == idx.roll(-1 - i)
+            n = torch.where(right & (n == i), i + 1, n)
+        accepted.append(n)
+    return torch.stack(accepted)
+
+
 # ---- The heads as a decoder runs them: all on the same tokens --------------------------------
 
 class DraftHeads:
@@ -295,16 +318,16 @@ class DraftHeads:
     weights of heads that do not attend, the rows of `vocab`, and the table of what sequential heads
     read of every token.
 
-    vocab (K,) int64: the only tokens that heads draft; None: all V."""
+    vocab (K,) int64: the tokens that heads draft, all V or fewer."""
 
-    def __init__(self, model, offsets, vocab=None):
+    def __init__(self, model, offsets, vocab):
         self.model = model
         self.heads = [model.heads[str(o)] for o in offsets[1:]]
         self.attending = bool(self.heads) and model.heads_config.kind == "block"
         self.sequential = model.heads_config.sequential
         weight = model.gpt.lm_head.weight.detach()  # also the embedding
         self.unembed = model.gpt.lm_head
-        if vocab is not None:
+        if len(vocab) < len(weight):
             self.unembed = nn.Linear(weight.shape[1], len(vocab), bias=False)
             self.unembed.weight = nn.Parameter(weight[vocab], requires_grad=False)
         if self.heads and not self.attending:  # {name: (H, ...)}

@@ -38,7 +38,7 @@ from model import GPT, GPTConfig
 
 DEFAULT = dict(method="MTP", size="124M", layers=None, dtype="bfloat16", batch_size=1,
                kind="resblock", whs=False, sequential=False, draft_vocab=None, temperature=0.0,
-               top_k=None, top_p=None)
+               top_k=None, top_p=1.0)
 SAMPLED = dict(temperature=1.0, top_k=50, top_p=0.9)
 COUNTED = ("NTP", "MTP", "leap", "all", "lookup")
 

@@ -29,7 +29,7 @@ def write_own_text(decoder, corpus, folder, tokens, prompt_tokens=16, source="",
     count = max(20, -(-tokens // new))  # at least one document for validation
     prompts = corpus.windows("train", count, prompt_tokens).tolist()
     decoder.check(prompts, new)
-    batch_size = len(decoder.block)
+    batch_size = decoder.batch_size
     documents = []
     with progress_bar(None, progress, desc="generate", total=count * new, unit="token",
                   unit_scale=True) as bar:
@@ -67,7 +67,7 @@ def main(argv=None):
     p.option("batch-size", 32, "texts written at once", least=1)
     p.option("temperature", 1.0, "0 is greedy")
     p.option("top-k", None, "sample among the k most probable tokens", type=int)
-    p.option("top-p", None, "sample among the best tokens of this probability", type=float)
+    p.option("top-p", 1.0, "sample among the best tokens of this probability")
     p.option("seed", 0, "of the sampling noise")
     p.option("device", "auto", "auto, cpu, cuda, cuda:1, mps")
     p.option("dtype", "float32", "of the weights", choices=["float32", "bfloat16"])

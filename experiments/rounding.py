@@ -37,7 +37,7 @@ def gaps_and_margin(decoder, exact, prompt, new, row):
 
     def scores_of(gpt):  # (n, V)
         logits = gpt(idx[:, :-1])[:, len(prompt) - 1:]
-        return decoder.scores(logits, row, position)[0].double()
+        return decoder.scores(logits, row, position, decoder.vocab)[0].double()
     scores = scores_of(exact)
     best = scores.topk(min(8, scores.shape[-1])).indices  # (n, 8)
     difference = (scores - scores_of(decoder.model.gpt)).gather(1, best)

@@ -26,6 +26,12 @@ def parts(tokens, tokenizer):
     return [utf8.decode(tokenizer.decode_single_token_bytes(token)) for token in tokens]
 
 
+def block_of(decoder):
+    """The first text's next block: its root, and the drafts behind it."""
+    root = int(decoder.position[0])
+    return decoder.tokens[0, root:root + decoder.N].tolist()
+
+
 def split_steps(tokens, distances):
     """[(token, distance), ...] for each step. A bonus token, distance 1, ends its step; the last
     step may be cut short."""
@@ -190,7 +196,7 @@ def main(argv=None):
                           seed=args.seed, **options)
         blocks = []
         g = decoder.generate([prompt], n, tokenizer.eot_token,
-                             on_step=lambda: blocks.append(decoder.block[0].tolist()))
+                             on_step=lambda: blocks.append(block_of(decoder)))
         words = dict.fromkeys([METHODS.get(method, "all offsets"), method])  # "lookup" is both
         title = f"{' '.join(words)}, temperature {args.temperature:g}"
         print(f"{title}: {g.tokens_per_step:.2f} tokens per step, one step per bracket\n")

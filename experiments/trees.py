@@ -75,8 +75,7 @@ class TreeDecoder(Decoder):
         self.look_back = [offset - distance for distance, offset in sources]
         self.W = 1 + max(self.look_back)
         self.source = torch.tensor([self.head, self.look_back], device=self.device)
-        self.block = self.block.new_zeros(self.batch_size, self.rows)
-        self.z = self.z.new_zeros(self.batch_size, self.W, *self.z.shape[2:])
+        self.block = torch.zeros_like(self.tokens[:, :self.rows])  # nodes are no stretch of a text
         self.depth, self.path, self.ancestors = [t.to(self.device) for t in tables]
         self.parent = torch.tensor([node.parent for node in tree], device=self.device)
         self.groups = [[] for _ in sources]
@@ -91,7 +90,8 @@ class TreeDecoder(Decoder):
         """Verify all paths, keep the longest right one, emit it, and draft the next tree."""
         start = self.position.clone()  # (B,)
         h, for_heads = self.forward_tree(start)
-        target = self.pick(self.model.gpt.lm_head(h), start[:, None] + 1 + self.depth)
+        target = self.pick(self.model.gpt.lm_head(h), start[:, None] + 1 + self.depth,
+                           self.vocab)
         right = F.pad(self.block[:, 1:] == target[:, self.parent], (1, 0), value=True)
         right = (right[:, None] | ~self.ancestors).all(2)  # and so are all its ancestors
         best = (right * (self.depth + 1)).argmax(1)  # (B,): the deepest
@@ -135,9 +135,9 @@ class TreeDecoder(Decoder):
             else:
                 logits = self.heads.unembed(z)[:, sources]
             after = self.position[:, None] + self.depth[nodes]
-            scores = self.scores(logits, self.noise_row, after, self.vocab)  # (B, nodes, K)
+            scores = self.scores(logits, self.noise_row, after, self.drafted)  # (B, nodes, K)
             tokens = scores.topk(max(ranks) + 1).indices[:, range(len(nodes)), ranks]
-            self.block[:, nodes] = tokens if self.vocab is None else self.vocab[tokens]
+            self.block[:, nodes] = self.drafted[tokens]
 
 
 @torch.no_grad()

@@ -187,8 +187,9 @@ def test_a_draft_is_the_best_token_of_its_head_by_logit_and_noise(kind, method, 
     blocks = []
 
     def look():
-        text = decoder.tokens[0, :int(decoder.position) + 1].tolist()
-        blocks.append((text, decoder.block[0, 1:].tolist()))
+        end = int(decoder.position) + 1
+        tokens = decoder.tokens[0, :end + decoder.N - 1].tolist()
+        blocks.append((tokens[:end], tokens[end:]))
     decoder.generate(PROMPTS[2:], 12, on_step=look)
     sources = draft_sources(drafting(method, model.offsets)["offsets"]).values()
     for text, drafts in blocks[:-1]:  # after the last step the text ends
@@ -215,7 +216,7 @@ def test_a_sequential_head_may_go_by_the_token_before_its_own_alone():
 def test_a_draft_after_a_wrong_draft_of_a_sequential_head_follows_that():
     decoder = Decoder(counting_model((1, 2, 3, 4), wrong=(3,), sequential=True))
     blocks = []
-    g = decoder.generate([[3]], 7, on_step=lambda: blocks.append(decoder.block[0].tolist()))
+    g = decoder.generate([[3]], 7, on_step=lambda: blocks.append(decoder.tokens[0, :4].tolist()))
     assert blocks[0] == [3, 4, 10, 11]
     assert g.tokens == [count(4, 7)]
 
@@ -275,7 +276,7 @@ def test_sampled_tokens_follow_the_exact_distribution(method, sequential, top_k)
     assert abs(chi_square - degrees) < 4 * math.sqrt(2 * degrees)
 
 
-@pytest.mark.parametrize("top_k, top_p", [(1, None), (3, None), (99, 0.5), (None, 0.9), (5, 0.7)])
+@pytest.mark.parametrize("top_k, top_p", [(1, 1), (3, 1), (99, 0.5), (None, 0.9), (5, 0.7)])
 def test_top_k_and_top_p_keep_what_sorting_keeps_and_its_ties(top_k, top_p):
     torch.manual_seed(0)
     logits = torch.randn(50, 12)
@@ -283,7 +284,7 @@ def test_top_k_and_top_p_keep_what_sorting_keeps_and_its_ties(top_k, top_p):
     for row, kept in zip(logits, filter_logits(logits, 0.7, top_k, top_p)):
         best = row.sort(descending=True).values
         best = best[best >= best[:top_k][-1]]
-        enough = (best / 0.7).softmax(0).cumsum(0) >= (top_p or 1) - 1e-6
+        enough = (best / 0.7).softmax(0).cumsum(0) >= top_p - 1e-6
         expected = row.masked_fill(row < best[enough][0], -math.inf)
         assert torch.equal(kept, expected)
 

@@ -15,7 +15,7 @@ from experiments.bench_decode import step_seconds
 from experiments.lower_for_cuda import all_variants, count, name_of
 from experiments.own_text import write_own_text
 from experiments.rounding import check_rounding, flips
-from experiments.trace_page import brackets, html_page, trace
+from experiments.trace_page import block_of, brackets, html_page, trace
 from heads import draft_sources
 
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8], [9]]
@@ -96,7 +96,7 @@ def test_the_page_holds_the_text_and_where_each_token_came_from(method):
     decoder = Decoder(model, **options)
     prompt = list(b"a </script>")
     blocks = []
-    g = decoder.generate([prompt], 50, on_step=lambda: blocks.append(decoder.block[0].tolist()))
+    g = decoder.generate([prompt], 50, on_step=lambda: blocks.append(block_of(decoder)))
     traced = trace(g, blocks, draft_sources(options["offsets"]), get_tokenizer("bytes"))
     page = html_page("a < b", "a </script>", traced)
     assert "a &lt; b" in page and "{{" not in page and page.count("</script>") == 1
