@@ -6,9 +6,10 @@ import argparse
 import json
 import os
 import platform
+import re
 import sys
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -26,11 +27,13 @@ from model import GPT, GPT2_HEADS, GPTConfig, load_tensors
 def pick_device(name):
     """"auto", "cpu", "cuda", "cuda:1" or "mps" -> torch.device. Raises InputError."""
     if name == "auto":
-        name = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
-    with suppress(RuntimeError, AssertionError):
-        if torch.device(name).type in ("cpu", "cuda", "mps"):
-            return torch.empty(0, device=name).device
-    raise InputError(f"device {name!r} is not available here; try --device cpu")
+        name = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    try:
+        probe = torch.zeros(1, device=name)
+        probe.item()  # "meta" has no numbers
+        return probe.device
+    except (RuntimeError, AssertionError):
+        raise InputError(f"device {name!r} is not available here; try --device cpu") from None
 
 
 def has_native_bfloat16(device):
@@ -50,12 +53,19 @@ def can_compile(device):
         return False
 
 
+def clock(device):
+    """The time in seconds, once the device has done all its work."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()
+
+
 def environment(device):
     """What a measurement depends on, for result files."""
     name = platform.machine()
-    with suppress(OSError, StopIteration):  # what Linux calls the CPU
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line for line in lines if line.startswith("model name")).split(":")[1].strip()
+    cpuinfo = Path("/proc/cpuinfo")  # what Linux calls the CPU
+    if cpuinfo.exists() and (found := re.search("model name.*: (.*)", cpuinfo.read_text())):
+        name = found[1]
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     return dict(command=" ".join(sys.argv), torch=torch.__version__, device=str(device),
@@ -89,12 +99,6 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
-    def refuse(self, args, names, why):
-        """Raise InputError if one of these options has not its default."""
-        for name in names:
-            require(getattr(args, name) == self.get_default(name),
-                    f"--{name.replace('_', '-')} {why}")
-
 
 @contextmanager
 def one_line_errors(script):
@@ -104,29 +108,26 @@ def one_line_errors(script):
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
+
+    def end(status, message):
+        print(f"{script}: {message}", file=sys.stderr)
+        sys.exit(status)
     try:
         yield
-        return
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes stdout once more at exit
         sys.exit(141)
     except (InputError, OSError) as error:
-        message = f"error: {error}"
-        status = 2
+        end(2, f"error: {error}")
     except (RuntimeError, MemoryError) as error:
-        text = str(error)
-        if not isinstance(error, MemoryError) and "allocate" not in text:
+        text = repr(error)
+        if "allocate" not in text and "MemoryError" not in text:
             raise
-        message = f"error: not enough memory for this model, batch or length ({text[:80]!r})"
-        status = 2
+        end(2, f"error: not enough memory for this model, batch or length ({text[:99]})")
     except FloatingPointError as error:
-        message = str(error)
-        status = 1
+        end(1, error)
     except KeyboardInterrupt as error:
-        message = str(error) or "stopped"
-        status = 130
-    print(f"{script}: {message}", file=sys.stderr)
-    sys.exit(status)
+        end(130, str(error) or "stopped")
 
 
 def progress_bar(iterable=None, show=True, **options):

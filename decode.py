@@ -24,18 +24,17 @@ import math
 import os
 import statistics
 import sys
-import time
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
 from types import FunctionType
 
 import torch
 
-from common import (Parser, can_compile, check_output, corpus_of, environment, load_model,
+from common import (Parser, can_compile, check_output, clock, corpus_of, environment, load_model,
                     one_line_errors, pick_device, progress_bar, tokenizer_name, write_results)
 from data.prepare import get_tokenizer, require
 from heads import (DraftHeads, MultiTokenGPT, accepted_drafts, draft_sources, look_up,
-                   parse_offsets)
+                   parse_offsets, step_begins)
 from model import causal_mask, empty_cache
 
 # On CUDA a block must be computed nearly as a single token is: sum 16-bit products in float32, and
@@ -79,6 +78,7 @@ def generate_reference(model, prompt, max_new_tokens, offsets=None):
 def gumbel_noise(seed, row, position, tokens):
     """Gumbel(0, 1) noise, a pure function of (seed, row, position, token).
 
+    seed int >= 0; row and position int64 that broadcast to some (...); tokens (V,) int64 ->
     seed int; row and position int64 that broadcast to some (...); tokens (V,) int64 -> (..., V)
     float32. The hash is two rounds of xor-shift and multiply on 32-bit words in int64, whose
     products cannot overflow."""
@@ -153,7 +153,7 @@ class Decoder:
     temperature: float = 0.0    # 0 is greedy
     top_k: int = None           # sample among the k most probable tokens,
     top_p: float = 1.0          # or among the best tokens that together have this probability
-    seed: int = 0               # of the noise, modulo 2^32
+    seed: int = 0               # of the noise
     dtype: torch.dtype = None   # decode with a copy of the model in, say, torch.bfloat16
     compile: bool = False       # torch.compile the step, on CUDA replayed as one graph
     autotune: bool = False      # on a CPU: faster, and slow to compile
@@ -177,14 +177,14 @@ class Decoder:
         # before the newest token that has been read, which is the one before the root.
         sources = draft_sources(self.offsets).values()
         self.head = [self.offsets.index(o) - 1 for o, _ in sources]
-        self.look_back = [b for _, b in sources]
+        look_back = [b for _, b in sources]
         self.N = 1 + (self.lookup or len(sources))    # tokens of a block,
         self.rows = max(self.rows, self.N)            # and with its padding
-        self.W = 1 + max(self.look_back, default=0)   # positions that draft
+        self.W = 1 + max(look_back, default=0)   # positions that draft
         # The memory of B texts, of S slots each. The last block may overshoot the end; attention
         # likes multiples of 16, and on CPUs it is several times slower in 16 bits.
         B = self.batch_size
-        S = -(-(self.max_length + self.rows) // 16) * 16
+        S = (self.max_length + self.rows + 15) // 16 * 16
         weight = self.model.gpt.lm_head.weight
         self.device = weight.device
         kind = torch.float32 if self.device.type == "cpu" else weight.dtype
@@ -194,7 +194,7 @@ class Decoder:
             if self.draft_vocab is not None:
                 self.drafted = torch.tensor(sorted(set(self.draft_vocab)))
             self.heads = DraftHeads(self.model, self.offsets, self.drafted)
-            self.source = torch.tensor([self.head, self.look_back])  # (2, N - 1)
+            self.source = torch.tensor([self.head, look_back])  # (2, N - 1)
             self.slot = torch.arange(S)                       # (S,)
             self.row = torch.arange(B)[:, None]               # (B, 1)
             self.noise_row = self.row.clone()                 # (B, 1) keys the sampling noise
@@ -208,7 +208,7 @@ class Decoder:
             # What each head computed at the positions that draft or did.
             width = config.n_embd * (3 if self.heads.sequential else 1)
             self.z = torch.zeros(B, S, len(self.offsets) - 1, width, dtype=weight.dtype)
-        self.run_step = compile_step(self) if self.compile else torch.no_grad()(self.step)
+        self.run_step = compile_step(self) if self.compile else self.step
 
     def step(self):
         """One step of all texts. Nothing in it waits for the host, and all shapes are fixed."""
@@ -251,21 +251,21 @@ class Decoder:
     def draft(self, h, start, n):
         """Draft the next block from h (B, T, ...), from forward_block, of the tokens from `start`
         (B,) on. Those up to the n-th (B,) are of the text."""
+        if self.N == 1:
+            return
         after = self.position[:, None] + torch.arange(1, self.N, device=self.device)
         if self.lookup:
             drafts = look_up(self.tokens, self.position, self.lookup)
-        elif self.N == 1:
-            return
-        elif self.heads.sequential:  # one after another: each reads the draft before
-            z = self.remember(h, start, n)  # (B, N - 1, 3C)
-            drafts = [self.tokens.gather(1, self.position[:, None])]  # the root
-            for j, head in enumerate(self.head):
-                logits = self.heads.logits_after(z[:, j:j + 1], head, drafts[-1])
-                drafts.append(self.pick(logits, after[:, j:j + 1], self.drafted))
-            drafts = torch.cat(drafts[1:], dim=1)
         else:
-            logits = self.heads.unembed(self.remember(h, start, n))
-            drafts = self.pick(logits, after, self.drafted)
+            z = self.remember(h, start, n)  # (B, N - 1, C or 3C)
+            if self.heads.sequential:  # one after another: each reads the draft before
+                drafts = [self.tokens.gather(1, self.position[:, None])]  # the root
+                for j, head in enumerate(self.head):
+                    logits = self.heads.logits_after(z[:, j:j + 1], head, drafts[-1])
+                    drafts.append(self.pick(logits, after[:, j:j + 1], self.drafted))
+                drafts = torch.cat(drafts[1:], dim=1)
+            else:
+                drafts = self.pick(self.heads.unembed(z), after, self.drafted)
         self.tokens[self.row, after] = drafts
 
     def remember(self, h, start, n):
@@ -293,7 +293,7 @@ class Decoder:
         if self.temperature == 0:
             return logits
         logits = filter_logits(logits.float(), self.temperature, self.top_k, self.top_p)
-        noise = gumbel_noise(self.seed & 0xFFFFFFFF, row, position, vocab)
+        noise = gumbel_noise(self.seed, row, position, vocab)
         return logits + self.temperature * noise
 
     @torch.no_grad()
@@ -329,7 +329,7 @@ class Decoder:
     def start(self, prompts, max_new_tokens, stop_token, first_row):
         """Prefill: read up to batch_size prompts and draft their first blocks. What is cached
         behind a shorter one is overwritten before anything sees it. Spare rows end at once."""
-        for state in (self.tokens, self.position, self.limit, self.stops, self.z):
+        for state in (self.position, self.limit, self.stops, self.z):
             state.zero_()
         self.noise_row.copy_(self.row + first_row)
         if stop_token is not None:
@@ -346,7 +346,7 @@ class Decoder:
     def check(self, prompts, max_new_tokens):
         """Raise InputError unless all prompts can be continued by max_new_tokens."""
         require(prompts and all(prompts), "there is no prompt, or one is empty")
-        ids = [int(token) for prompt in prompts for token in prompt]
+        ids = {token for prompt in prompts for token in prompt}
         require(0 <= min(ids) and max(ids) < len(self.stops), "a prompt has a token id outside 0.."
                 f"{len(self.stops) - 1}; is it another tokenizer's?")
         longest = max(map(len, prompts))
@@ -360,13 +360,6 @@ def ready(model, dtype=None):
     if model.training or dtype not in (None, weight.dtype):
         model = copy.deepcopy(model).eval().to(dtype or weight.dtype)
     return model
-
-
-def clock(device):
-    """The time in seconds, once the device has done all its work."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-    return time.perf_counter()
 
 
 # ---- Compiling the step ----------------------------------------------------------------------
@@ -386,19 +379,17 @@ def compile_step(decoder):
 
     cuda = decoder.device.type == "cuda"
     weight = decoder.model.gpt.lm_head.weight
-    exact = weight.dtype == torch.float32
     large = weight.shape[1] >= 384
     matmul = torch.backends.mkldnn.matmul
     precision = matmul.fp32_precision
     settings = dict(
         cpp_wrapper=True,  # C++ calls the kernels, not Python
-        freezing=large or not exact or decoder.autotune)
+        freezing=large or weight.dtype != torch.float32 or decoder.autotune,
+        max_autotune=decoder.autotune,
+        autotune_num_choices_displayed=0)  # it does not print
     if cuda:
         settings = dict(realize_reads_threshold=1)  # the mask once, not anew in each layer
-    elif decoder.autotune:
-        settings |= dict(max_autotune=True, max_autotune_gemm_backends="CPP,ATEN",
-                         autotune_num_choices_displayed=0)  # does not print
-    elif large and exact:
+    elif large and not decoder.autotune:
         matmul.fp32_precision = "tf32"  # else Inductor takes MKL, which is slow on AMD's CPUs
     try:
         with torch._inductor.config.patch(settings), torch.no_grad():
@@ -444,20 +435,6 @@ def drafting(method, offsets):
     return dict(offsets=parse_offsets(method, offsets), lookup=0)
 
 
-def real_text_steps(accepted, prompt_tokens=16):
-    """The steps in which a decoder writes real text after prompts of so many tokens: accepted
-    (n, T), from accepted_drafts -> a Generation without texts"""
-    g = Generation([], [])
-    for row in accepted.tolist():
-        distances = []
-        new = len(row) - prompt_tokens
-        while len(distances) < new:
-            n = row[prompt_tokens - 1 + len(distances)]
-            distances += [*range(2, n + 2), 1]
-        g.distances.append(distances[:new])
-    return g
-
-
 def compare(decoders, prompts, new_tokens, rounds=5, progress=True):
     """Time decoders {method: Decoder}, the first of which is the baseline, NTP, in turns on the
     same prompts. -> a record per method, with medians over the rounds
@@ -467,7 +444,7 @@ def compare(decoders, prompts, new_tokens, rounds=5, progress=True):
     expected = {}
     runs = {method: [] for method in decoders}
     for method, decoder in progress_bar(decoders.items(), progress, desc="prepare"):
-        decoder.generate(prompts[:1], min(new_tokens, 32))  # touch all memory
+        decoder.generate(prompts[:1], 1)  # touch all memory
         if decoder.rows > 1 and decoder.model.gpt.lm_head.weight.dtype != torch.float32:
             ntp = replace(decoder, offsets=(1,), lookup=0)
             expected[method] = ntp.generate(prompts, new_tokens).tokens
@@ -504,10 +481,10 @@ def report(model, state, options, args):
     length = min(64, context // 4)
     n = min(args.new_tokens, context - length)
     prompts = corpus.windows("val", args.prompts, length).tolist()
-    device = model.gpt.lm_head.weight.device
+    device = pick_device(args.device)
     windows = corpus.windows("val", 32, context).to(device)
-    methods = ["1", *(args.methods or default_methods(model.offsets))]
-    draftings = {method: drafting(method, model.offsets) for method in methods}
+    draftings = {method: drafting(method, model.offsets)
+                 for method in ["1", *(args.methods or default_methods(model.offsets))]}
     options |= dict(batch_size=args.batch_size, max_length=length + n)
     Decoder(model, **options)  # errors come before the work
     options["compile"] = not args.eager and can_compile(device)
@@ -526,24 +503,25 @@ def report(model, state, options, args):
         write_results(args.out, results)
     print(f"\nreal text, held out of {corpus.folder.name}: tokens per step")
     results["real text"] = {}
+    first = min(16, context // 4) - 1  # the last token of a prompt
     for method, sources in draftings.items():
-        accepted = accepted_drafts(model, windows=windows, **sources)
-        steps = real_text_steps(accepted, min(16, context // 4))
-        results["real text"][method] = steps.tokens_per_step
-        print(f"{METHODS.get(method, ''):8}{method:14}{steps.tokens_per_step:11.2f}")
+        begins = step_begins(accepted_drafts(model, windows=windows, **sources), first)
+        tokens_per_step = windows[:, first + 1:].numel() / begins.sum().item()
+        results["real text"][method] = tokens_per_step
+        print(f"{METHODS.get(method, ''):8}{method:14}{tokens_per_step:11.2f}")
     write_results(args.out, results)
 
 
 # ---- Streaming one text ----------------------------------------------------------------------
 
-SHADES = (157, 121, 86, 81, 75, 105, 141, 177)  # 256-colour codes, near to far
+SHADES = (157, 121, 86, 81, 75, 105, 141, 177)  # 256-colour codes of distances 2, 3, ...
 
 
 def paint(text, distance):
     """A token's text for a terminal, coloured by the distance of its draft, if it was drafted."""
     if distance < 2:
         return text
-    style = f"38;5;16;48;5;{SHADES[min(distance - 2, len(SHADES) - 1)]}"
+    style = f"38;5;16;48;5;{SHADES[(distance - 2) % 8]}"
     return "\n".join(f"\033[{style}m{line}\033[0m" if line else "" for line in text.split("\n"))
 
 

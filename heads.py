@@ -238,11 +238,6 @@ class MultiTokenGPT(nn.Module):
         h = self.hidden_states(idx)
         return {o: self.offset_logits(h, o, idx.roll(1 - o, dims=1)) for o in self.offsets}
 
-    def layer_weights(self):
-        """{offset: the weight of each layer in what its head reads}; empty without WHS."""
-        return {int(o): head.mix.detach().softmax(0).tolist()
-                for o, head in self.heads.items() if head.mix is not None}
-
 
 # ---- The joint loss --------------------------------------------------------------------------
 
@@ -309,6 +304,19 @@ def accepted_drafts(model, offsets, windows, lookup=0):
             n = torch.where(right & (n == i), i + 1, n)
         accepted.append(n)
     return torch.stack(accepted)
+
+
+def step_begins(accepted, first):
+    """Where steps begin that write real text after position `first`: accepted (n, T) -> bool
+    (n, T). Most begin where text is hard, because easy text is written by few."""
+    begins = torch.zeros_like(accepted, dtype=torch.bool)
+    last = accepted.shape[1] - 1
+    t = torch.full_like(accepted[:, :1], first)
+    while (t < last).any():
+        begins.scatter_(1, t, True)
+        t = (t + 1 + accepted.gather(1, t)).clamp(max=last)
+    begins[:, last] = False
+    return begins
 
 
 # ---- The heads as a decoder runs them: all on the same tokens --------------------------------

@@ -110,9 +110,6 @@ def marginalize(gpt, idx, horizon, branches, position=None):
 
 # ---- Measuring it on held-out text -----------------------------------------------------------
 
-PREDICTORS = ("model", "marginalisation", "own head", "greedy rollout")
-
-
 def evaluation_positions(corpus, block_size, horizon, n_windows, n_positions):
     """Held-out windows (W, block_size + 1) without overlap, W <= n_windows, and positions (W, P)
     spread over the second half of the context. Raises InputError if there is too little text."""
@@ -128,9 +125,10 @@ def evaluation_positions(corpus, block_size, horizon, n_windows, n_positions):
 
 
 def score(probs, target):
-    """probs (..., V), target (...) -> the target's rank (0: best) and -log p, p normalised"""
-    right = probs.gather(-1, target[..., None])  # (..., 1)
-    return (probs > right).sum(-1), -(right[..., 0] / probs.sum(-1)).log()
+    """probs (..., V), target (...) -> whether the target is the most probable token; and its -log
+    p, p normalised"""
+    p = probs.gather(-1, target[..., None])[..., 0]
+    return p == probs.amax(-1), -(p / probs.sum(-1)).log()
 
 
 def interval(values):
@@ -141,52 +139,45 @@ def interval(values):
 
 @torch.no_grad()
 def predictions(model, windows, position, horizon, branches):
-    """What PREDICTORS predict for x_{t+1} .. x_{t+horizon} after positions t: the model (t+1) and
-    its marginalisation, the model after a greedy rollout, its own heads.
+    """What is predicted for x_{t+1} .. x_{t+horizon} after positions t: by the model (t+1) and its
+    marginalisation, a greedy rollout if branches is 1; and by its own heads.
 
-    windows (B, T + 1), position (B, P). Yields predictor, distance, probs (B, P, V), mass (B, P)"""
+    windows (B, T + 1), position (B, P). Yields distance, predictor, probs (B, P, V), mass (B, P)"""
     idx = windows[:, :-1]
     for distance, found in enumerate(look_ahead(model.gpt, idx, position, horizon, branches), 1):
-        yield "marginalisation" if distance > 1 else "model", distance, *found
-    for distance, found in enumerate(look_ahead(model.gpt, idx, position, horizon, 1), 1):
-        if distance > 1:
-            yield "greedy rollout", distance, *found
+        yield distance, "marginalisation" if distance > 1 else "model", *found
     h = model.hidden_states(idx)
     for offset in model.offsets[1:]:
         if offset <= horizon:
             previous = windows.roll(1 - offset, dims=1)[:, :-1]  # what sequential heads read
             logits = model.offset_logits(h, offset, previous)
             probs = logits.take_along_dim(position[..., None], 1).softmax(-1)
-            yield "own head", offset, probs, torch.ones_like(probs[..., 0])
+            yield offset, "own head", probs, torch.ones_like(probs[..., 0])
 
 
 def measure(model, windows, position, horizon, branches, progress=True):
-    """How well PREDICTORS do: windows and position from evaluation_positions -> a record for each
-    distance and predictor, with the `interval` of top1, top5, nats, mass (the captured mass) and
-    top1_gain, over marginalisation position by position."""
-    found = {}  # {(distance, predictor): a tensor (3, 1, P) of each window}
+    """How good the `predictions` are: windows and position from evaluation_positions -> a record
+    for each distance and predictor, with the `interval` of top1, nats, mass (the captured mass)
+    and top1_gain, over marginalisation position by position."""
+    scores = {}  # {(distance, predictor): a tensor (3, 1, P) of each window}
     model.eval()
     one_by_one = list(zip(windows.split(1), position.split(1)))  # each has many branches
     for text, t in progress_bar(one_by_one, progress, desc="look ahead", unit="window"):
-        for name, distance, probs, mass in predictions(model, text, t, horizon, branches):
-            rank, nats = score(probs, text.gather(1, t + distance))
-            scores = torch.stack([rank, nats, mass]).cpu()
-            found.setdefault((distance, name), []).append(scores)
-    scores = {key: torch.cat(parts, dim=1) for key, parts in found.items()}
+        for distance, name, probs, mass in predictions(model, text, t, horizon, branches):
+            right, nats = score(probs, text.gather(1, t + distance))
+            scores.setdefault((distance, name), []).append(torch.stack([right, nats, mass]).cpu())
     records = []
-    for distance, name in itertools.product(range(1, horizon + 1), PREDICTORS):
-        if (distance, name) in scores:
-            rank, nats, mass = scores[distance, name]  # (W, P) each
-            best = scores[distance, "marginalisation" if distance > 1 else "model"][0]
-            gain = (rank < 1).float() - (best < 1).float()
-            records.append(dict(
-                distance=distance,
-                predictor=name,
-                top1=interval(rank < 1),
-                top5=interval(rank < 5),
-                nats=interval(nats),
-                mass=interval(mass),
-                top1_gain=interval(gain)))
+    best = {}  # {distance: what marginalisation got right}
+    for distance, name in sorted(scores, key=lambda key: key[0]):
+        right, nats, mass = torch.cat(scores[distance, name], dim=1)  # (W, P) each
+        best.setdefault(distance, right)
+        records.append(dict(
+            distance=distance,
+            predictor=name,
+            top1=interval(right),
+            top1_gain=interval(right - best[distance]),
+            nats=interval(nats),
+            mass=interval(mass)))
     return records
 
 
@@ -196,12 +187,12 @@ def print_table(records):
     """Print what `measure` returned."""
     def percent(value):
         return f"{100 * value[0]:8.1f} ±{100 * value[1]:4.1f}"
-    print(f"{'':5}{'predictor':16}{'top-1, %':>14}{'over marg.':>14}{'top-5, %':>14}{'nats':>15}"
+    print(f"{'':5}{'predictor':16}{'top-1, %':>14}{'over marg.':>14}{'nats':>15}"
           f"{'captured, %':>15}")
     for r in records:
         print(f"t+{r['distance']:<3}{r['predictor']:16}{percent(r['top1'])}"
-              f"{percent(r['top1_gain'])}{percent(r['top5'])}"
-              f"{r['nats'][0]:9.3f} ±{r['nats'][1]:.3f}{percent(r['mass'])}", flush=True)
+              f"{percent(r['top1_gain'])}{r['nats'][0]:9.3f} ±{r['nats'][1]:.3f}"
+              f"{percent(r['mass'])}", flush=True)
 
 
 def main(argv=None):
@@ -211,7 +202,7 @@ def main(argv=None):
     p.add_argument("runs", nargs="+", metavar="RUN", help="a run of train.py, or GPT-2 weights")
     p.option("data", None, "corpus; default: the one trained on")
     p.option("horizon", 4, "tokens ahead", least=1)
-    p.option("branches", 32, "of the beam; V^(horizon-1): exact", least=1)
+    p.option("branches", 32, "of the beam; V^(horizon-1): exact; 1: greedy rollout", least=1)
     p.option("windows", 256, "held-out windows, dozens at least")
     p.option("positions", 16, "positions in each window", least=1)
     p.option("device", "auto", "auto, cpu, cuda, cuda:1, mps")

@@ -11,7 +11,6 @@ holds all other state, and a resumed run ends with the same weights, bit for bit
 import json
 import math
 import signal
-import sys
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -50,8 +49,8 @@ class Muon(torch.optim.Optimizer):
     directions. Makes the updates of torch.optim.Muon with adjust_lr_fn="match_rms_adamw", but for
     all matrices of a group, which have one shape, at once, and not in emulated bfloat16."""
 
-    def __init__(self, params, lr, weight_decay=0.1, momentum=0.95):
-        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+    def __init__(self, params, lr, weight_decay=0.1):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay))
 
     @torch.no_grad()
     def step(self):
@@ -60,12 +59,11 @@ class Muon(torch.optim.Optimizer):
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue
-            momentum = group["momentum"]
             updates = []
             for p in params:
                 mean = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
-                mean.lerp_(p.grad, 1 - momentum)
-                updates.append(p.grad.lerp(mean, momentum))  # Nesterov
+                mean.lerp_(p.grad, 0.05)
+                updates.append(p.grad.lerp(mean, 0.95))  # Nesterov momentum
             # AdamW's updates have about this root mean square, so one lr suits both.
             size = group["lr"] * 0.2 * math.sqrt(max(updates[0].shape))
             for p, update in zip(params, orthogonalize(torch.stack(updates))):
@@ -126,17 +124,14 @@ def make_model(args, corpus):
     shape = {name: getattr(args, name) for name in SHAPE if getattr(args, name) is not None}
     if args.init is None:
         require(args.backbone_lr, "--backbone-lr 0 freezes an untrained backbone; --init gives one")
-        gpt = GPT(GPTConfig(vocab_size=corpus.vocab_size, dropout=args.dropout, **shape))
+        gpt = GPT(GPTConfig(vocab_size=corpus.vocab_size, **shape))
         return MultiTokenGPT(gpt, config)
-    require(not shape, f"no {', '.join(shape)} with --init, whose model has a shape")
+    require(not shape, f"no {', '.join(shape)} with --init, whose model has its own")
     found, state = load_model(args.init)
     corpus_of(args.init, found, state, corpus.folder)
     model = MultiTokenGPT(found.gpt, config)
     if replace(found.heads_config, offsets=args.offsets) == config:
         model.load_state_dict(found.state_dict(), strict=False)  # of the offsets in both
-    for module in (model.gpt.config, *model.modules()):
-        if hasattr(module, "dropout"):
-            module.dropout = args.dropout
     return model
 
 
@@ -188,7 +183,7 @@ def log(args, **record):
 def validate(args, model, windows, autocast, step):
     """Log and print how good all offsets are."""
     loss, accuracy = evaluate(model, windows, args.batch_size, autocast)
-    log(args, step=step, val_loss=loss, val_accuracy=accuracy, layer_weights=model.layer_weights())
+    log(args, step=step, val_loss=loss, val_accuracy=accuracy)
     shown = "  ".join(f"{o}: {loss[o]:.3f} {accuracy[o]:.0%}" for o in model.offsets)
     print(f"step {step}, held-out nats and accuracy by offset: {shown}", flush=True)
 
@@ -268,14 +263,13 @@ def train(args, model=None, state=None):
                 raise FloatingPointError(
                     f"losses or weights are not finite at step {done}; go on from an earlier step "
                     f"with: python train.py --resume {out} --lr {args.lr / 4:g}")
-            losses = {str(o): round(loss.item(), 4) for o, loss in losses.items()}
-            log(args, step=done, loss=losses, grad_norm=round(norm.item(), 4),
+            losses = {str(o): loss.item() for o, loss in losses.items()}
+            log(args, step=done, loss=losses, grad_norm=norm.item(),
                 lr=args.lr * lr_factor(step, args.steps, args.warmup))
             bar.set_postfix(losses, refresh=False)
             if milestone:
-                if sys.stderr.isatty():
-                    bar.clear()
-                validate(args, model, windows, autocast, done)
+                with bar.external_write_mode():
+                    validate(args, model, windows, autocast, done)
             if milestone or signals:
                 save(done)
             if signals:
@@ -286,7 +280,7 @@ def train(args, model=None, state=None):
 # ---- The command line ------------------------------------------------------------------------
 
 SHAPE = dict(n_layer="transformer layers", n_head="attention heads per layer", n_embd="width",
-             block_size="context in tokens")
+             block_size="context in tokens", dropout="dropout rate")
 RESUMED = {"steps", "lr", "warmup", "batch_size", "data", "eval_every", "eval_windows",
            "log_every", "device", "dtype", "progress"}  # may change in a resumed run
 
@@ -313,11 +307,10 @@ def make_parser():
     p.option("backbone-lr", 1.0, "lr scale of the backbone; 0 freezes it")
     p.option("head-warmup", 0, "first steps, which train the heads alone")
     p.option("head-weight", 1.0, "weight of each head's loss relative to offset 1's")
-    p.group = p.add_argument_group("model from scratch (with --init: only the dropout)")
+    p.group = p.add_argument_group("model from scratch (a model of --init has its own)")
     for name, help in SHAPE.items():
-        p.option(name.replace("_", "-"), None, f"{help}; else {getattr(GPTConfig, name)}", type=int,
-                 least=1)
-    p.option("dropout", 0.0, "dropout rate")
+        usual = getattr(GPTConfig, name)
+        p.option(name.replace("_", "-"), None, f"{help}; else {usual}", type=type(usual))
     p.group = p.add_argument_group("optimization")
     p.option("steps", 2000, "optimizer steps", least=1)
     p.option("batch-size", 8, "sequences per step", least=1)
@@ -340,9 +333,7 @@ def make_parser():
 
 def check_args(args):
     """Parse the offsets and fill in "auto", in place. Raises InputError for impossible values."""
-    if isinstance(args.offsets, str):
-        args.offsets = parse_offsets(args.offsets)
-    require(args.dropout < 1, "--dropout must be less than 1")
+    args.offsets = parse_offsets(args.offsets)
     device = pick_device(args.device)
     args.device = str(device)
     if args.dtype == "auto":

@@ -29,10 +29,10 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import (Parser, can_compile, check_output, corpus_of, environment, load_model,
+from common import (Parser, can_compile, check_output, clock, corpus_of, environment, load_model,
                     one_line_errors, pick_device, progress_bar, write_results)
 from data.prepare import InputError, require
-from decode import Decoder, clock, drafting
+from decode import Decoder, drafting
 from heads import HeadsConfig, MultiTokenGPT, parse_offsets
 from model import GPT, TRANSPOSED, GPTConfig
 

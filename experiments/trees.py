@@ -23,6 +23,7 @@ from common import (Parser, can_compile, corpus_of, environment, load_model, one
 from data.prepare import require
 from decode import Decoder, compare, compile_step, default_methods, drafting, print_table
 from experiments import bench_decode
+from heads import step_begins
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,9 @@ class TreeDecoder(Decoder):
         # distance, and those of independent heads all at once.
         sources = sorted({(node.offset - node.look_back, node.offset) for node in tree})
         self.head = [offsets.index(offset) - 1 for _, offset in sources]
-        self.look_back = [offset - distance for distance, offset in sources]
-        self.W = 1 + max(self.look_back)
-        self.source = torch.tensor([self.head, self.look_back], device=self.device)
+        look_back = [offset - distance for distance, offset in sources]
+        self.W = 1 + max(look_back)
+        self.source = torch.tensor([self.head, look_back], device=self.device)
         self.block = torch.zeros_like(self.tokens[:, :self.rows])  # nodes are no stretch of a text
         self.depth, self.path, self.ancestors = [t.to(self.device) for t in tables]
         self.parent = torch.tensor([node.parent for node in tree], device=self.device)
@@ -164,19 +165,6 @@ def simulate(tree, ranks):
         right.append(right[node.parent] & (ranks[node.offset, node.look_back] == node.rank))
     accepted = torch.stack([r * d for r, d in zip(right, depth.tolist())]).amax(0)
     return right, accepted
-
-
-def step_begins(accepted, first):
-    """Where steps begin that write real text after position `first`: accepted (n, T) -> bool
-    (n, T). Most begin where text is hard, because easy text is written by few."""
-    begins = torch.zeros_like(accepted, dtype=torch.bool)
-    last = accepted.shape[1] - 1
-    t = torch.full_like(accepted[:, :1], first)
-    while (t < last).any():
-        begins.scatter_(1, t, True)
-        t = (t + 1 + accepted.gather(1, t)).clamp(max=last)
-    begins[:, last] = False
-    return begins
 
 
 def grow(ranks, size, first):

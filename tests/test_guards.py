@@ -201,8 +201,8 @@ def test_a_disk_that_is_full_leaves_the_previous_checkpoint(tmp_path):
     ("--data no/such/corpus", "no/such/corpus prepare.py"), ("--offsets 2,3", "start with 1"),
     ("--n-embd 31", "n_head"), ("--n-embd 1000000000 --n-head 1", "memory"),
     ("--block-size 90000", "90001"), ("--device tpu", "not available"), ("--steps 0", "--steps"),
-    ("--lr nan", "--lr"), ("--init no/such", "--init has a shape"), ("--out README.md", "--out"),
-    ("--dropout 1", "--dropout"),
+    ("--lr nan", "--lr"), ("--init no/such", "--init has its own"), ("--out README.md", "--out"),
+    ("--dropout 1", "dropout"),
     ("--backbone-lr 0", "untrained"), ("--backbone-lr 0 --offsets 1", "heads must train"),
     ("--head-warmup 5 --offsets 1", "heads must train"),
     ("--head-warmup 5 --head-weight 0", "heads must train --head-weight")])
@@ -231,8 +231,9 @@ def test_what_would_be_another_run_is_not_resumed(run_folder, corpus, tmp_path):
     assert_one_line_error(command("train.py", "--resume", run), "no run to resume")
     result = command("train.py", "--init", run, "--data", other, "--out", tmp_path / "new")
     assert_one_line_error(result, "gpt2")  # 31 token ids cannot be bytes
-    result = command("train.py", "--init", run_folder, "--data", corpus, "--n-layer", 2)
-    assert_one_line_error(result, "no n_layer with --init")
+    result = command("train.py", "--init", run_folder, "--data", corpus, "--n-layer", 2,
+                     "--dropout", 0)
+    assert_one_line_error(result, "no n_layer, dropout with --init")
 
 
 # ---- Decoding, marginalisation ---------------------------------------------------------------

@@ -209,8 +209,7 @@ def test_sequential_heads_with_weighted_hidden_states_learn_in_the_same_loop(cor
     assert model.heads_config == HeadsConfig((1, 3), whs=True, sequential=True)
     losses = records(tmp_path, "loss")
     assert losses[-1]["loss"]["3"] < losses[0]["loss"]["3"]
-    start, end = (record["layer_weights"]["3"] for record in records(tmp_path, "layer_weights"))
-    assert start == [0.5, 0.5] and end != start
+    assert model.heads["3"].mix.softmax(0)[1] != 0.5  # as it was at first
 
 
 # ---- Heads on a model that exists ------------------------------------------------------------
@@ -235,13 +234,6 @@ def test_a_start_keeps_the_backbone_and_the_heads_of_the_same_kind(
         part, offset = key.split(".")[:2]
         same = key in was.state_dict() and torch.equal(value, was.state_dict()[key])
         assert same == (part == "gpt" or int(offset) in kept), key
-
-
-def test_a_start_has_the_dropout_of_this_run(corpus, tmp_path):
-    save_checkpoint(tmp_path / "checkpoint.pt", small_model(dropout=0.5))
-    model = train.make_model(settings("--init", tmp_path, "--dropout", 0.25), Corpus(corpus))
-    modules = (model.gpt.config, *model.modules())
-    assert {module.dropout for module in modules if hasattr(module, "dropout")} == {0.25}
 
 
 def test_a_run_can_start_from_gpt2_weights(corpus, tmp_path):

@@ -7,10 +7,8 @@ from conftest import assert_one_line_error, command, tiny_model
 from test_decode import FEW, PROMPTS, decoder_of, needs_compiler, plain_text
 
 from data.prepare import InputError
-from decode import accepted_drafts
-from experiments.trees import (Node, TreeDecoder, draft_ranks, grow, simulate, step_begins,
-                               tree_tables)
-from heads import draft_sources
+from experiments.trees import Node, TreeDecoder, draft_ranks, grow, simulate, tree_tables
+from heads import accepted_drafts, draft_sources, step_begins
 
 CHAIN = [Node(i, o, b) for i, (o, b) in enumerate(draft_sources((1, 3, 5, 7)).values())]
 

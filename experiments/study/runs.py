@@ -16,8 +16,8 @@ sys.path.insert(0, str(ROOT))
 import train
 from common import load_checkpoint, save_checkpoint
 from data.loader import Corpus, gather
-from experiments.trees import Node, draft_ranks, simulate, step_begins
-from heads import MultiTokenGPT, draft_sources
+from experiments.trees import Node, draft_ranks, simulate
+from heads import MultiTokenGPT, draft_sources, step_begins
 from model import GPT
 
 SELECT = 0   # the seed on which rates and a layer are chosen; its models judge nothing
