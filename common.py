@@ -41,7 +41,7 @@ def has_native_bfloat16(device):
     PyTorch need not emulate it."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
 def can_compile(device):
@@ -68,8 +68,13 @@ def environment(device):
         name = found[1]
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-    return dict(command=" ".join(sys.argv), torch=torch.__version__, device=str(device),
-                device_name=name, threads=torch.get_num_threads(), date=time.strftime("%Y-%m-%d"))
+    return dict(
+        command=" ".join(sys.argv),
+        torch=torch.__version__,
+        device=str(device),
+        device_name=name,
+        threads=torch.get_num_threads(),
+        date=time.strftime("%Y-%m-%d"))
 
 
 # ---- Command lines ---------------------------------------------------------------------------
@@ -173,8 +178,10 @@ def write_results(path, results):
 def save_checkpoint(path, model, **state):
     """Write the model and `state` (step, optimizers, ...) to a file. Raises OSError; the old
     checkpoint then stays."""
-    state |= dict(model=model.state_dict(), gpt_config=asdict(model.gpt.config),
-                  heads_config=asdict(model.heads_config))
+    state |= dict(
+        model=model.state_dict(),
+        gpt_config=asdict(model.gpt.config),
+        heads_config=asdict(model.heads_config))
     try:
         with atomic_write(path) as f:
             torch.save(state, f)

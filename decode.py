@@ -24,7 +24,7 @@ import math
 import os
 import statistics
 import sys
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from types import FunctionType
 
@@ -97,8 +97,8 @@ def filter_logits(logits, temperature, top_k=None, top_p=1.0):
     """Set to -inf all logits (..., V) but the top_k largest, and then all beyond the smallest set
     of tokens whose probability reaches top_p. Ties of the last kept token are kept."""
     if top_k:
-        kth = logits.topk(min(top_k, logits.shape[-1])).values[..., -1:]
-        logits = logits.masked_fill(logits < kth, -math.inf)
+        best = logits.topk(min(top_k, logits.shape[-1])).values
+        logits = logits.masked_fill(logits < best[..., -1:], -math.inf)
     if top_p < 1:
         best = logits.amax(-1, keepdim=True)
         probs = ((logits - best) / temperature).softmax(-1)
@@ -119,7 +119,7 @@ class Generation:
     """What Decoder.generate returns; the lists have an entry per prompt."""
     tokens: list     # the new tokens (a stop token included)
     distances: list  # from how far ahead each of them was drafted; 1: it was a bonus token
-    seconds: float = math.nan  # wall-clock time, prefill included
+    seconds: float = 0.0  # wall-clock time, prefill included
 
     @property
     def steps(self):
@@ -148,7 +148,6 @@ class Decoder:
     model: MultiTokenGPT
     offsets: tuple = None       # those of the model's that may draft; (1,) is NTP, None means all
     batch_size: int = 1         # texts written at once
-    _: KW_ONLY
     lookup: int = 0             # draft so many tokens by prompt lookup, instead of by heads
     temperature: float = 0.0    # 0 is greedy
     top_k: int = None           # sample among the k most probable tokens,
@@ -170,7 +169,9 @@ class Decoder:
         self.max_length = self.max_length or config.block_size
         require(self.max_length <= config.block_size,
                 f"max_length must be at most the context of {config.block_size}")
-        require(0 <= self.temperature < math.inf and (self.top_k or 1) > 0 and 0 < self.top_p <= 1,
+        require(0 <= self.temperature < math.inf
+                and (self.top_k or 1) > 0
+                and 0 < self.top_p <= 1,
                 "temperature must be 0 or more, top_k at least 1, and top_p in (0, 1]")
 
         # Draft i of a block, at distance i + 2, comes from head number head[i], look_back[i] tokens
@@ -272,7 +273,8 @@ class Decoder:
         """Run the heads on h (see draft) and remember what they compute. -> z (B, N - 1, C or 3C)
         of the heads and positions that draft"""
         # Only W positions draft. Where fewer tokens are new, the first of them is taken again.
-        i = (n[:, None] - torch.arange(self.W, device=self.device)).clamp(min=0)  # (B, W)
+        back = torch.arange(self.W, device=self.device)
+        i = (n[:, None] - back).clamp(min=0)  # (B, W)
         new = self.heads.alone(h[self.row, i])  # (B, W, H, C or 3C)
         self.z[self.row, start[:, None] + i] = new
         heads, look_back = self.source
@@ -423,7 +425,8 @@ METHODS = {"1": "NTP", "lookup": "lookup", "1,2": "MTP", "1,2,3,4": "MTP", "1,3,
 
 def default_methods(offsets):
     """Those of METHODS that these offsets allow, and last the one with all offsets, or lookup."""
-    possible = [m for m in METHODS if m == "lookup" or set(parse_offsets(m)) <= set(offsets)]
+    possible = [method for method in METHODS
+                if method == "lookup" or set(parse_offsets(method)) <= set(offsets)]
     return list(dict.fromkeys([*possible, ",".join(map(str, offsets))]))
 
 
@@ -457,9 +460,13 @@ def compare(decoders, prompts, new_tokens, rounds=5, progress=True):
         speedup = statistics.median(a.seconds / b.seconds for a, b in zip(baseline, found))
         seconds = statistics.median(g.seconds for g in found)
         records.append(dict(
-            method=method, tokens_per_step=g.tokens_per_step, step_cost=g.tokens_per_step / speedup,
-            speedup=speedup, tokens_per_second=new_tokens * len(prompts) / seconds,
-            identical=g.tokens == expected.get(method, baseline[0].tokens), accepted=g.accepted))
+            method=method,
+            tokens_per_step=g.tokens_per_step,
+            step_cost=g.tokens_per_step / speedup,
+            speedup=speedup,
+            tokens_per_second=new_tokens * len(prompts) / seconds,
+            identical=g.tokens == expected.get(method, baseline[0].tokens),
+            accepted=g.accepted))
     return records
 
 
@@ -483,8 +490,9 @@ def report(model, state, options, args):
     prompts = corpus.windows("val", args.prompts, length).tolist()
     device = pick_device(args.device)
     windows = corpus.windows("val", 32, context).to(device)
-    draftings = {method: drafting(method, model.offsets)
-                 for method in ["1", *(args.methods or default_methods(model.offsets))]}
+    draftings = {}
+    for method in ["1", *(args.methods or default_methods(model.offsets))]:
+        draftings[method] = drafting(method, model.offsets)
     options |= dict(batch_size=args.batch_size, max_length=length + n)
     Decoder(model, **options)  # errors come before the work
     options["compile"] = not args.eager and can_compile(device)
@@ -493,8 +501,9 @@ def report(model, state, options, args):
     results = dict(environment=environment(device), args=vars(args))
     for temperature in sorted({0.0, args.temperature}):
         options["temperature"] = temperature
-        decoders = {method: Decoder(model, **options, **sources)
-                    for method, sources in progress_bar(draftings.items(), desc="make decoders")}
+        decoders = {}
+        for method, sources in progress_bar(draftings.items(), desc="make decoders"):
+            decoders[method] = Decoder(model, **options, **sources)
         records = compare(decoders, prompts, n, args.rounds)
         title = f"sampled text, temperature {temperature:g}" if temperature else "greedy text"
         print(f"\n{title}")
@@ -503,10 +512,10 @@ def report(model, state, options, args):
         write_results(args.out, results)
     print(f"\nreal text, held out of {corpus.folder.name}: tokens per step")
     results["real text"] = {}
-    first = min(16, context // 4) - 1  # the last token of a prompt
     for method, sources in draftings.items():
-        begins = step_begins(accepted_drafts(model, windows=windows, **sources), first)
-        tokens_per_step = windows[:, first + 1:].numel() / begins.sum().item()
+        accepted = accepted_drafts(model, windows=windows, **sources)
+        begins = step_begins(accepted, length - 1)
+        tokens_per_step = windows[:, length:].numel() / begins.sum().item()
         results["real text"][method] = tokens_per_step
         print(f"{METHODS.get(method, ''):8}{method:14}{tokens_per_step:11.2f}")
     write_results(args.out, results)
@@ -539,12 +548,14 @@ def stream(model, state, options, args):
     def show():  # what is new, at first the prompt
         nonlocal shown
         end = int(decoder.position[0]) + 1
-        for token, distance in zip(decoder.tokens[0, shown:end].tolist(),
-                                   decoder.distance[0, shown:end].tolist()):
+        for i in range(shown, end):
+            token = int(decoder.tokens[0, i])
+            distance = int(decoder.distance[0, i])
             if token < tokenizer.eot_token:
                 text = utf8.decode(tokenizer.decode_single_token_bytes(token))
-                text = "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1]
-                               for c in text)
+                text = "".join(
+                    c if c.isprintable() or c in "\n\t" else repr(c)[1:-1]
+                    for c in text)
                 print(paint(text, distance) if color else text, end="", flush=True)
         shown = end
     g = decoder.generate([prompt], n, tokenizer.eot_token, on_step=show)
@@ -590,8 +601,11 @@ def main(argv=None):
         device = pick_device(args.device)
         model, state = load_model(args.run)
         model = ready(model.to(device), getattr(torch, args.dtype))
-        options = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
-                       seed=args.seed)
+        options = dict(
+            temperature=args.temperature,
+            top_k=args.top_k,
+            top_p=args.top_p,
+            seed=args.seed)
         if args.prompt is None:
             return report(model, state, options, args)
         for name in COMPARING:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.func import functional_call
+from torch.func import functional_call, stack_module_state
 
 from data.prepare import InputError, require
 from model import Block, empty_cache
@@ -338,10 +338,8 @@ class DraftHeads:
         if len(vocab) < len(weight):
             self.unembed = nn.Linear(weight.shape[1], len(vocab), bias=False)
             self.unembed.weight = nn.Parameter(weight[vocab], requires_grad=False)
-        if self.heads and not self.attending:  # {name: (H, ...)}
-            named = [dict(head.named_parameters()) for head in self.heads]
-            self.stacked = {name: torch.stack([p[name].detach() for p in named])
-                            for name in named[0]}
+        if self.heads and not self.attending:
+            self.stacked, _ = stack_module_state(self.heads)  # {name: (H, ...)}
         if self.sequential:
             with torch.no_grad():  # (V, 2C) each
                 self.tables = [head.reader.embed(weight) for head in self.heads]
@@ -366,9 +364,9 @@ class DraftHeads:
         if self.attending:
             return h
 
-        def run_one(parameters):
+        def run(parameters):
             return functional_call(self.heads[0], parameters, (h,))
-        return torch.vmap(run_one, out_dims=2)(self.stacked)
+        return torch.vmap(run, out_dims=2)(self.stacked)
 
     def logits_after(self, z, i, previous):
         """z (B, 1, 3C) from `alone`, of the i-th head; previous (B, n): the token before the one

@@ -95,17 +95,13 @@ def look_ahead(gpt, idx, position, horizon, branches):
         first += P * n
 
 
-def marginalize(gpt, idx, horizon, branches, position=None):
-    """p(x_{T+horizon} | x_1..x_T): idx (B, T) int64 -> probs (B, V) and captured mass (B,). With
-    position (B, P) int64, the same after these positions: (B, P, V) and (B, P).
+def marginalize(gpt, idx, horizon, branches):
+    """p(x_{T+horizon} | x_1..x_T): idx (B, T) int64 -> probs (B, V) and captured mass (B,).
 
     Exact if branches >= V^(horizon-1). Raises InputError as look_ahead does."""
     last = torch.full_like(idx[:, :1], idx.shape[1] - 1)
-    t = last if position is None else position
-    *_, (probs, mass) = look_ahead(gpt, idx, t, horizon, branches)
-    if position is None:
-        return probs[:, 0], mass[:, 0]
-    return probs, mass
+    *_, (probs, mass) = look_ahead(gpt, idx, last, horizon, branches)
+    return probs[:, 0], mass[:, 0]
 
 
 # ---- Measuring it on held-out text -----------------------------------------------------------
@@ -134,7 +130,8 @@ def score(probs, target):
 def interval(values):
     """values (W, P) -> mean and half of its normal 95% interval, from independent windows"""
     by_window = values.double().mean(1)
-    return by_window.mean().item(), 1.96 * by_window.std().item() / math.sqrt(len(by_window))
+    error = by_window.std().item() / math.sqrt(len(by_window))
+    return by_window.mean().item(), 1.96 * error
 
 
 @torch.no_grad()
@@ -165,7 +162,8 @@ def measure(model, windows, position, horizon, branches, progress=True):
     for text, t in progress_bar(one_by_one, progress, desc="look ahead", unit="window"):
         for distance, name, probs, mass in predictions(model, text, t, horizon, branches):
             right, nats = score(probs, text.gather(1, t + distance))
-            scores.setdefault((distance, name), []).append(torch.stack([right, nats, mass]).cpu())
+            of_window = torch.stack([right, nats, mass]).cpu()
+            scores.setdefault((distance, name), []).append(of_window)
     records = []
     best = {}  # {distance: what marginalisation got right}
     for distance, name in sorted(scores, key=lambda key: key[0]):
@@ -215,15 +213,21 @@ def main(argv=None):
         for run in args.runs:  # all errors come before the work
             model, state = load_model(run)
             corpus = corpus_of(run, model, state, args.data)
-            loaded.append((run, model, corpus, evaluation_positions(
-                corpus, model.gpt.config.block_size, args.horizon, args.windows, args.positions)))
+            windows, position = evaluation_positions(
+                corpus, model.gpt.config.block_size, args.horizon, args.windows, args.positions)
+            loaded.append((run, model, corpus, windows, position))
         results = dict(environment=environment(device), args=vars(args), runs={})
-        for run, model, corpus, (windows, position) in loaded:
+        for run, model, corpus, windows, position in loaded:
             print(f"\n{run}: offsets {model.offsets}; {corpus.folder.name}, {len(windows)} windows "
                   f"x {args.positions} positions; a beam of {args.branches}")
-            results["runs"][run] = measure(model.to(device), windows.to(device),
-                                           position.to(device), args.horizon, args.branches)
-            print_table(results["runs"][run])
+            records = measure(
+                model.to(device),
+                windows.to(device),
+                position.to(device),
+                args.horizon,
+                args.branches)
+            print_table(records)
+            results["runs"][run] = records
             write_results(args.out, results)
 
 

@@ -32,8 +32,8 @@ class GPTConfig:
 
     def __post_init__(self):
         sizes = (self.block_size, self.vocab_size, self.n_layer, self.n_head, self.n_embd)
-        require(min(sizes) > 0 and 0 <= self.dropout < 1,
-                f"sizes must be positive and dropout in [0, 1): {self}")
+        require(min(sizes) > 0, f"sizes must be positive: {self}")
+        require(0 <= self.dropout < 1, f"dropout must be in [0, 1), not {self.dropout}")
         require(self.n_embd % self.n_head == 0,
                 f"n_embd {self.n_embd} must be a multiple of n_head {self.n_head}")
 
@@ -58,11 +58,14 @@ class Attention(nn.Module):
             q = q.to(cache.dtype)
             kv = cache.view(B, -1, 2 * C)  # from here on S keys, not T
         k, v = kv.split(C, dim=2)
-        nh = self.n_head
-        q, k, v = (t.view(B, -1, nh, C // nh).transpose(1, 2) for t in (q, k, v))  # (B, nh, ., hs)
-        dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout,
-                                           is_causal=mask is None)
+
+        def heads(t):  # (B, ., C) -> (B, nh, ., hs)
+            return t.view(B, -1, self.n_head, C // self.n_head).transpose(1, 2)
+        y = F.scaled_dot_product_attention(
+            heads(q), heads(k), heads(v),
+            attn_mask=mask,
+            is_causal=mask is None,
+            dropout_p=self.dropout if self.training else 0.0)
         y = y.transpose(1, 2).reshape(B, T, C).to(x.dtype)
         return F.dropout(self.c_proj(y), self.dropout, self.training)
 
@@ -164,7 +167,8 @@ class GPT(nn.Module):
             tensors = {key.removeprefix("transformer."): t for key, t in tensors.items()}
             vocab_size, n_embd = tensors["wte.weight"].shape
             n_layer = sum(key.endswith("ln_1.weight") for key in tensors)
-            gpt = cls(GPTConfig(len(tensors["wpe.weight"]), vocab_size, n_layer, n_head, n_embd))
+            block_size = len(tensors["wpe.weight"])
+            gpt = cls(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd))
             for key, p in gpt.transformer.state_dict().items():
                 p.copy_(tensors[key].T if key.endswith(TRANSPOSED) else tensors[key])
         except (OSError, LookupError, TypeError, RuntimeError, json.JSONDecodeError) as error:

@@ -102,9 +102,11 @@ def make_optimizers(model, name, lr, weight_decay):
         group = dict(params=[], part=part, weight_decay=decay)
         key = (part, decay, p.shape if kind == "muon" else None)
         groups[kind].setdefault(key, group)["params"].append(p)
-    optimizers = [torch.optim.AdamW(list(groups["adamw"].values()), lr=lr, betas=(0.9, 0.95))]
-    if groups["muon"]:
-        optimizers.append(Muon(list(groups["muon"].values()), lr=lr))
+    adamw = [*groups["adamw"].values()]
+    muon = [*groups["muon"].values()]
+    optimizers = [torch.optim.AdamW(adamw, lr=lr, betas=(0.9, 0.95))]
+    if muon:
+        optimizers.append(Muon(muon, lr=lr))
     return optimizers
 
 
@@ -112,7 +114,7 @@ def lr_factor(step, steps, warmup):
     """lr as a fraction of the highest one: linear warm-up, then a cosine down to zero."""
     if step < warmup:
         return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
 # ---- The model at the start, validation ------------------------------------------------------
@@ -141,14 +143,15 @@ def evaluate(model, windows, batch_size, autocast=nullcontext()):
     model.eval()
     loss = dict.fromkeys(model.offsets, 0.0)
     accuracy = dict.fromkeys(model.offsets, 0.0)
-    for idx in windows.to(model.gpt.lm_head.weight.device).split(batch_size):
+    for idx in windows.split(batch_size):
         fraction = len(idx) / len(windows)
         with autocast:
             h = model.hidden_states(idx[:, :-1])
             for o in model.offsets:
                 logits, targets = predictions_and_targets(model, h, idx, o)
                 loss[o] += F.cross_entropy(logits, targets).item() * fraction
-                accuracy[o] += (logits.argmax(-1) == targets).float().mean().item() * fraction
+                right = logits.argmax(-1) == targets
+                accuracy[o] += right.float().mean().item() * fraction
     model.train()
     return loss, accuracy
 
@@ -230,36 +233,47 @@ def train(args, model=None, state=None):
     torch.manual_seed(args.seed)
     model = (model or make_model(args, corpus)).to(device).train()
     length = model.gpt.config.block_size + 1
-    windows = corpus.windows("val", args.eval_windows, length)
-    corpus.batch("train", 1, length, step=0)  # too small a corpus fails now
+    windows = corpus.windows("val", args.eval_windows, length).to(device)
+    corpus.batch("train", 1, length, 0)  # too small a corpus fails now
     optimizers = make_optimizers(model, args.optimizer, args.lr, args.weight_decay)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
     fixed = dict(corpus=corpus.fingerprint(), tokenizer=corpus.tokenizer.name)
     first = restore(args, fixed, optimizers, state) if state else 0
 
     def save(step):
-        save_checkpoint(out / "checkpoint.pt", model, step=step, args=vars(args), **fixed,
-                        optimizers=[optimizer.state_dict() for optimizer in optimizers])
+        save_checkpoint(
+            out / "checkpoint.pt",
+            model,
+            step=step,
+            args=vars(args),
+            optimizers=[optimizer.state_dict() for optimizer in optimizers],
+            **fixed)
 
     out.mkdir(parents=True, exist_ok=True)
     print(f"offsets {model.offsets}, on {device}, {args.dtype}; run folder {out}", flush=True)
     if not state:
         (out / "metrics.jsonl").unlink(missing_ok=True)
-        validate(args, model, windows, autocast, step=0)
+        validate(args, model, windows, autocast, 0)
         save(0)  # from here on the run can be resumed
 
-    bar = progress_bar(range(first, args.steps), args.progress, initial=first,
-                       total=args.steps, desc="train", unit="step")
+    bar = progress_bar(
+        range(first, args.steps),
+        args.progress,
+        initial=first,
+        total=args.steps,
+        desc="train",
+        unit="step")
     with signals_received() as signals, bar:
         for step in bar:
             idx = corpus.batch("train", args.batch_size, length, step, args.seed)
-            losses, norm = train_step(model, optimizers, idx.to(device, non_blocking=True), step,
+            losses, norm = train_step(model, optimizers, idx.to(device), step,
                                       args, autocast)
             done = step + 1
             milestone = done == args.steps or done % args.eval_every == 0
             if not (milestone or done % args.log_every == 0 or signals):
                 continue  # without waiting for the device
-            if not all(t.isfinite().all() for t in (norm, *losses.values(), *model.parameters())):
+            numbers = (norm, *losses.values(), *model.parameters())
+            if not all(t.isfinite().all() for t in numbers):
                 raise FloatingPointError(
                     f"losses or weights are not finite at step {done}; go on from an earlier step "
                     f"with: python train.py --resume {out} --lr {args.lr / 4:g}")
@@ -377,7 +391,6 @@ def main(argv=None):
             train(args, model, state)
         else:
             check_args(args)
-            require(args.out and not Path(args.out).is_file(), "--out must be a folder")
             require(args.overwrite or not (Path(args.out) / "checkpoint.pt").exists(),
                     f"{args.out} already holds a run; give --resume {args.out}, --overwrite or "
                     "another --out")

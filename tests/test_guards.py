@@ -16,7 +16,7 @@ from data.loader import Corpus
 from data.prepare import InputError
 from decode import Decoder, drafting
 from heads import HeadsConfig, parse_offsets
-from marginalize import evaluation_positions, marginalize
+from marginalize import evaluation_positions, look_ahead
 from model import GPT
 from test_model import save_gpt2
 from test_train import records
@@ -105,9 +105,9 @@ def test_a_damaged_corpus_is_an_error(notes, name, old, new):
 
 # ---- Models, heads, training -----------------------------------------------------------------
 
-def look_ahead_from(T, horizon, branches, position=None):
+def look_ahead_from(T, horizon, branches, position=torch.tensor([[5]])):
     idx = torch.zeros(1, T, dtype=torch.long)
-    marginalize(tiny_gpt(block_size=16), idx, horizon, branches, position)
+    list(look_ahead(tiny_gpt(block_size=16), idx, position, horizon, branches))
 
 
 @pytest.mark.parametrize("make, message", [
@@ -201,7 +201,7 @@ def test_a_disk_that_is_full_leaves_the_previous_checkpoint(tmp_path):
     ("--data no/such/corpus", "no/such/corpus prepare.py"), ("--offsets 2,3", "start with 1"),
     ("--n-embd 31", "n_head"), ("--n-embd 1000000000 --n-head 1", "memory"),
     ("--block-size 90000", "90001"), ("--device tpu", "not available"), ("--steps 0", "--steps"),
-    ("--lr nan", "--lr"), ("--init no/such", "--init has its own"), ("--out README.md", "--out"),
+    ("--lr nan", "--lr"), ("--init no/such", "--init has its own"), ("--out README.md", "README.md"),
     ("--dropout 1", "dropout"),
     ("--backbone-lr 0", "untrained"), ("--backbone-lr 0 --offsets 1", "heads must train"),
     ("--head-warmup 5 --offsets 1", "heads must train"),

@@ -98,7 +98,7 @@ def test_all_branches_of_all_positions_and_texts_share_one_pass_after_the_prefil
     gpt = small_gpt()
     passes = []
     gpt.transformer.wte.register_forward_hook(lambda module, x, _: passes.append(x[0].shape))
-    marginalize(gpt, texts(4), 2, 3, torch.arange(6).expand(4, 6))
+    list(look_ahead(gpt, texts(4), torch.arange(6).expand(4, 6), 2, 3))
     assert passes == [(4, 6), (4, 6 * 3)]
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from experiments.study.lens import probes
 from experiments.study.runs import CONTEXT, CORPORA, SELECT, chain_steps, load
 from experiments.study.verdicts import Claim
-from marginalize import marginalize
+from marginalize import look_ahead
 
 SIZES = {"1x16": (1, 16), "2x32": (2, 32)}  # layers x width of smaller models
 RATES = (3e-3, 1e-2, 3e-2)
@@ -50,7 +50,7 @@ def marginal(study, model, text):
     right = []
     for idx in text.windows.split(16):
         t = asked(study).expand(len(idx), -1)
-        probs, _ = marginalize(model.gpt, idx[:, :-1], 2, 32, t)
+        *_, (probs, _) = look_ahead(model.gpt, idx[:, :-1], t, 2, 32)
         right.append((probs.argmax(-1) == idx.gather(1, t + 2)).float().mean(1))
     return {"marginal": text.by_file(torch.cat(right))}
 
