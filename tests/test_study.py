@@ -7,17 +7,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, assert_one_line_error, command, tiny_gpt
+from conftest import ROOT, assert_one_line_error, command
 
 import train
 from common import load_checkpoint
 from data.prepare import prepare
 from experiments.study import paper_a, paper_b, report
 from experiments.study.lens import layers, train_probes
-from experiments.study.runs import Size, Study, Text, chain, held_out, steps_of
+from experiments.study.runs import Size, Study, Text, chain_steps, held_out
 from experiments.study.verdicts import Claim, Results, estimate, holm, judge
-from experiments.trees import draft_ranks
-from heads import HeadsConfig, MultiTokenGPT
+from test_decode import counting_model
 
 PAGE = report.PAGE.read_text()
 
@@ -129,26 +128,10 @@ def test_probes_learn_what_a_layer_holds(tmp_path):
     assert losses[1] < losses[0]
 
 
-def test_steps_of_a_chain_are_those_that_its_accepted_drafts_allow():
-    torch.manual_seed(0)
-    model = MultiTokenGPT(tiny_gpt(block_size=64), HeadsConfig((1, 3, 5))).eval()
-    windows = torch.randint(31, (3, 64))
-    ranks = draft_ranks(model, windows)
-    right = {(o, b): r == 0 for (o, b), r in ranks.items()}
-    expected = []
-    for w in range(3):
-        t = 15
-        steps = 0
-        while t < 63:
-            n = 0
-            for o, b in ((3, 1), (3, 0), (5, 1), (5, 0)):
-                if not right[o, b][w, t]:
-                    break
-                n += 1
-            t += 1 + n
-            steps += 1
-        expected.append(steps)
-    assert steps_of(chain((1, 3, 5)), ranks).tolist() == expected
+def test_a_chain_that_is_always_right_writes_a_window_in_as_few_steps_as_can_be():
+    text = Text(torch.arange(65)[None] % 32, torch.tensor([0]))
+    steps = chain_steps(counting_model((1, 2, 3, 4)), text)
+    assert steps.tolist() == [12]  # 48 tokens after a prompt of 16
 
 
 def test_the_theory_expects_the_mean_of_independent_drafts():

@@ -232,7 +232,8 @@ def scratch(study, seed):
     for name, run in scratch_runs(study, seed).items():
         rows[name] = known(study, run, (1, 2) if name.startswith("MTP") else (1,), True)
         if not name.startswith("NTP"):
-            rows[name] |= chain_steps(load(run), study.text(run))
+            text = study.text(run)
+            rows[name]["steps"] = text.by_file(chain_steps(load(run), text))
     return rows
 
 

@@ -4,10 +4,10 @@ import torch
 
 from decode import Decoder
 from experiments.study.paper_a import chosen, head, known
-from experiments.study.runs import (CONTEXT, CORPORA, PROMPT, chain, chain_steps, load, steps_of)
+from experiments.study.runs import CONTEXT, CORPORA, PROMPT, chain_steps, load
 from experiments.study.verdicts import Claim
-from experiments.trees import draft_ranks, grow
-from heads import draft_sources
+from experiments.trees import draft_ranks, grow, simulate
+from heads import draft_sources, step_begins
 
 METHODS = {"MTP": (1, 2, 3, 4), "leap": (1, 3, 5, 7), "all": (1, 2, 3, 4, 5, 6, 7)}
 KINDS = {"independent": {}, "sequential": dict(sequential=True)}
@@ -27,19 +27,20 @@ def leap_runs(study, seed):
         for data in CORPORA for kind, options in KINDS.items()}
 
 
-def real_text(text, ranks):
+def real_text(model, text, ranks):
     """-> {"METHOD, chain" and "METHOD, tree": steps, by file}. The tree that writes one half of the
     files is grown on the other half."""
     found = {}
     half = text.files % 2
     for method, offsets in METHODS.items():
+        found[f"{method}, chain"] = text.by_file(chain_steps(model, text, offsets))
         own = {source: r for source, r in ranks.items() if source[0] in offsets}
-        found[f"{method}, chain"] = text.by_file(steps_of(chain(offsets), own))
         steps = torch.zeros(len(half))
         for side in (0, 1):
             there, here = [{s: r[half == h] for s, r in own.items()} for h in (1 - side, side)]
             tree, _ = grow(there, NODES, PROMPT - 1)
-            steps[half == side] = steps_of(tree, here).float()
+            _, accepted = simulate(tree, here)
+            steps[half == side] = step_begins(accepted, PROMPT - 1).sum(1).float()
         found[f"{method}, tree"] = text.by_file(steps)
     return found
 
@@ -70,7 +71,7 @@ def accuracies(ranks):
 def drafting(model, text):
     """What the heads of a model draft on real text. -> what `real_text` and `accuracies` found"""
     ranks = draft_ranks(model, text.windows[:, :-1])
-    found = real_text(text, ranks)
+    found = real_text(model, text, ranks)
     return found | {o: text.by_file(a) for o, a in accuracies(ranks).items()}
 
 
@@ -108,7 +109,8 @@ def stages(study, seed):
     for name, run in stages_runs(study, seed).items():
         rows[name] = known(study, run)
         if name != "no heads":
-            rows[name] |= chain_steps(load(run), study.text(run))
+            text = study.text(run)
+            rows[name]["steps"] = text.by_file(chain_steps(load(run), text))
     return rows
 
 

@@ -16,8 +16,7 @@ sys.path.insert(0, str(ROOT))
 import train
 from common import load_checkpoint, save_checkpoint
 from data.loader import Corpus, gather
-from experiments.trees import Node, draft_ranks, simulate
-from heads import MultiTokenGPT, draft_sources, step_begins
+from heads import MultiTokenGPT, accepted_drafts, step_begins
 from model import GPT
 
 SELECT = 0   # the seed on which rates and a layer are chosen; its models judge nothing
@@ -174,18 +173,8 @@ def held_out(corpus, n):
 
 # ---- Steps through real text -----------------------------------------------------------------
 
-def chain(offsets):
-    """The tree without branches that these offsets draft."""
-    return [Node(i, o, b) for i, (o, b) in enumerate(draft_sources(offsets).values())]
-
-
-def steps_of(tree, ranks):
-    """In how many steps a tree writes each window but for its prompt: ranks from
-    trees.draft_ranks -> (W,) int64"""
-    return step_begins(simulate(tree, ranks)[1], PROMPT - 1).sum(1)
-
-
-def chain_steps(model, text):
-    """Steps in which the model's own offsets write real text. -> {"steps": by file}"""
-    ranks = draft_ranks(model, text.windows[:, :-1])
-    return {"steps": text.by_file(steps_of(chain(model.offsets), ranks))}
+def chain_steps(model, text, offsets=None):
+    """In how many steps offsets (None: the model's) write each window but for its prompt (W,)"""
+    windows = text.windows[:, :-1]
+    accepted = accepted_drafts(model, offsets or model.offsets, windows)
+    return step_begins(accepted, PROMPT - 1).sum(1)
