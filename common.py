@@ -27,12 +27,12 @@ from model import GPT, GPT2_HEADS, GPTConfig, load_tensors
 def pick_device(name):
     """"auto", "cpu", "cuda", "cuda:1" or "mps" -> torch.device. Raises InputError."""
     if name == "auto":
-        name = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+        name = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     try:
         probe = torch.zeros(1, device=name)
         probe.item()  # "meta" has no numbers
         return probe.device
-    except (RuntimeError, AssertionError):
+    except (RuntimeError, AssertionError, ImportError):
         raise InputError(f"device {name!r} is not available here; try --device cpu") from None
 
 
@@ -125,10 +125,9 @@ def one_line_errors(script):
     except (InputError, OSError) as error:
         end(2, f"error: {error}")
     except (RuntimeError, MemoryError) as error:
-        text = repr(error)
-        if "allocate" not in text and "MemoryError" not in text:
+        if "allocate" not in str(error) and not isinstance(error, MemoryError):
             raise
-        end(2, f"error: not enough memory for this model, batch or length ({text[:99]})")
+        end(2, f"error: not enough memory for this model, batch or length ({str(error)[:80]!r})")
     except FloatingPointError as error:
         end(1, error)
     except KeyboardInterrupt as error:

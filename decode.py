@@ -78,7 +78,6 @@ def generate_reference(model, prompt, max_new_tokens, offsets=None):
 def gumbel_noise(seed, row, position, tokens):
     """Gumbel(0, 1) noise, a pure function of (seed, row, position, token).
 
-    seed int >= 0; row and position int64 that broadcast to some (...); tokens (V,) int64 ->
     seed int; row and position int64 that broadcast to some (...); tokens (V,) int64 -> (..., V)
     float32. The hash is two rounds of xor-shift and multiply on 32-bit words in int64, whose
     products cannot overflow."""
@@ -172,7 +171,7 @@ class Decoder:
         require(0 <= self.temperature < math.inf
                 and (self.top_k or 1) > 0
                 and 0 < self.top_p <= 1,
-                "temperature must be 0 or more, top_k at least 1, and top_p in (0, 1]")
+                "temperature and top_k must not be negative, and top_p must be in (0, 1]")
 
         # Draft i of a block, at distance i + 2, comes from head number head[i], look_back[i] tokens
         # before the newest token that has been read, which is the one before the root.
@@ -181,7 +180,7 @@ class Decoder:
         look_back = [b for _, b in sources]
         self.N = 1 + (self.lookup or len(sources))    # tokens of a block,
         self.rows = max(self.rows, self.N)            # and with its padding
-        self.W = 1 + max(look_back, default=0)   # positions that draft
+        self.W = 1 + max(look_back, default=0)        # positions that draft
         # The memory of B texts, of S slots each. The last block may overshoot the end; attention
         # likes multiples of 16, and on CPUs it is several times slower in 16 bits.
         B = self.batch_size
@@ -191,7 +190,7 @@ class Decoder:
         kind = torch.float32 if self.device.type == "cpu" else weight.dtype
         with self.device:
             self.vocab = torch.arange(config.vocab_size)
-            self.drafted = self.vocab  # what heads draft; sorted, so that ties fall alike
+            self.drafted = self.vocab  # what heads draft; sorted: ties fall as without draft_vocab
             if self.draft_vocab is not None:
                 self.drafted = torch.tensor(sorted(set(self.draft_vocab)))
             self.heads = DraftHeads(self.model, self.offsets, self.drafted)
@@ -205,7 +204,9 @@ class Decoder:
             self.limit = torch.zeros(B).long()                # of each last wanted token
             self.stops = torch.zeros(config.vocab_size) > 0   # which tokens end a text
             self.cache = empty_cache(config, config.n_layer, B, S, kind, self.device)
-            self.head_caches = self.heads.caches(B, S, kind, self.device)
+            self.head_caches = [
+                empty_cache(config, len(head.blocks), B, S, kind, self.device)
+                for head in self.heads.heads if self.heads.attending]
             # What each head computed at the positions that draft or did.
             width = config.n_embd * (3 if self.heads.sequential else 1)
             self.z = torch.zeros(B, S, len(self.offsets) - 1, width, dtype=weight.dtype)
@@ -215,9 +216,9 @@ class Decoder:
         """One step of all texts. Nothing in it waits for the host, and all shapes are fixed."""
         start = self.position.clone()  # (B,)
         position = start[:, None] + torch.arange(self.rows, device=self.device)  # (B, rows)
-        block = self.tokens[self.row, position]
+        block = self.tokens[self.row, position]  # the root, its drafts, and any padding
         # Verify: the target after each token of the block.
-        h, for_heads = self.forward_block(block, start)  # (B, rows, C)
+        h, for_heads = self.forward_block(block, position)  # (B, rows, C)
         target = self.pick(self.model.gpt.lm_head(h), position + 1, self.vocab)
         # Accept the drafts before the first one that is not the target there.
         right = block[:, 1:self.N] == target[:, :self.N - 1]
@@ -226,10 +227,9 @@ class Decoder:
         self.emit(target, position + 1, n)
         self.draft(for_heads, start, n)
 
-    def forward_block(self, tokens, start):
-        """Run tokens (B, T), which stand from `start` (B,) on, through the GPT and through heads
-        that attend. -> the GPT's hidden states (B, T, C), and (B, T, ...) for DraftHeads.alone"""
-        position = start[:, None] + torch.arange(tokens.shape[1], device=self.device)  # (B, T)
+    def forward_block(self, tokens, position):
+        """Run tokens (B, T), at `position` (B or 1, T), through the GPT and through heads that
+        attend. -> the GPT's hidden states (B, T, C), and (B, T, ...) for DraftHeads.alone"""
         slots = (position + len(self.slot) * self.row).flatten()
         mask = causal_mask(position, self.slot, self.cache[0].dtype)
         position = position.clamp(max=self.model.gpt.config.block_size - 1)
@@ -239,7 +239,7 @@ class Decoder:
 
     def emit(self, target, position, n):
         """Append the first n (B,) + 1 targets (B, T) to the texts, at `position` (B, T). What lies
-        beyond is overwritten by later steps."""
+        beyond is overwritten by drafts and later steps."""
         i = torch.arange(target.shape[1], device=self.device)
         # Indices mean writing in place to torch.compile, and scatter_ a clone.
         self.tokens[self.row, position] = target
@@ -278,7 +278,7 @@ class Decoder:
         new = self.heads.alone(h[self.row, i])  # (B, W, H, C or 3C)
         self.z[self.row, start[:, None] + i] = new
         heads, look_back = self.source
-        newest = self.position[:, None] - 1
+        newest = self.position[:, None] - 1  # looking back beyond the text finds zeros
         return self.z[self.row, newest - look_back, heads]
 
     def pick(self, logits, position, vocab):
@@ -340,10 +340,9 @@ class Decoder:
             self.tokens[i, :len(prompt)] = torch.tensor(prompt)
             self.position[i] = len(prompt) - 1
             self.limit[i] = self.position[i] + max_new_tokens
-        beginning = torch.zeros_like(self.position)
         longest = max(1, max(map(len, prompts)) - 1)
-        _, for_heads = self.forward_block(self.tokens[:, :longest], beginning)
-        self.draft(for_heads, beginning, self.position - 1)
+        _, for_heads = self.forward_block(self.tokens[:, :longest], self.slot[None, :longest])
+        self.draft(for_heads, torch.zeros_like(self.position), self.position - 1)
 
     def check(self, prompts, max_new_tokens):
         """Raise InputError unless all prompts can be continued by max_new_tokens."""
@@ -388,7 +387,7 @@ def compile_step(decoder):
         cpp_wrapper=True,  # C++ calls the kernels, not Python
         freezing=large or weight.dtype != torch.float32 or decoder.autotune,
         max_autotune=decoder.autotune,
-        autotune_num_choices_displayed=0)  # it does not print
+        autotune_num_choices_displayed=0)  # it prints less
     if cuda:
         settings = dict(realize_reads_threshold=1)  # the mask once, not anew in each layer
     elif large and not decoder.autotune:
@@ -447,7 +446,7 @@ def compare(decoders, prompts, new_tokens, rounds=5, progress=True):
     expected = {}
     runs = {method: [] for method in decoders}
     for method, decoder in progress_bar(decoders.items(), progress, desc="prepare"):
-        decoder.generate(prompts[:1], 1)  # touch all memory
+        decoder.generate(prompts[:1], 1)  # first uses are slow
         if decoder.rows > 1 and decoder.model.gpt.lm_head.weight.dtype != torch.float32:
             ntp = replace(decoder, offsets=(1,), lookup=0)
             expected[method] = ntp.generate(prompts, new_tokens).tokens
@@ -488,7 +487,7 @@ def report(model, state, options, args):
     length = min(64, context // 4)
     n = min(args.new_tokens, context - length)
     prompts = corpus.windows("val", args.prompts, length).tolist()
-    device = pick_device(args.device)
+    device = model.gpt.lm_head.weight.device
     windows = corpus.windows("val", 32, context).to(device)
     draftings = {}
     for method in ["1", *(args.methods or default_methods(model.offsets))]:

@@ -18,10 +18,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.func import functional_call, stack_module_state
+from torch.func import functional_call
 
-from data.prepare import InputError, require
-from model import Block, empty_cache
+from data.prepare import require
+from model import Block
 
 
 # ---- Offsets, and where a draft comes from ---------------------------------------------------
@@ -73,10 +73,9 @@ def look_up(tokens, position, n_drafts, longest=3):
         newest = tokens.gather(1, (root - i).clamp(min=0))  # (B, 1)
         same = same & (slot >= i) & (tokens.roll(i, 1) == newest)
         score = score + S * same
-    match = score.argmax(1, keepdim=True)  # (B, 1)
-    period = (root - match).clamp(min=1)
+    period = (root - score.argmax(1, keepdim=True)).clamp(min=1)  # (B, 1)
     i = torch.arange(n_drafts, device=tokens.device)
-    return tokens.gather(1, match + 1 + i % period)
+    return tokens.gather(1, root + 1 - period + i % period)
 
 
 # ---- Heads -----------------------------------------------------------------------------------
@@ -294,7 +293,7 @@ def accepted_drafts(model, offsets, windows, lookup=0):
         else:
             h = model.hidden_states(idx[None])
             best = {}
-            for o in offsets:
+            for o in offsets[1:]:
                 logits = model.offset_logits(h, o, idx.roll(1 - o)[None])  # (1, T, V)
                 best[o] = logits[0].argmax(-1)
             drafts = [best[o].roll(1 + b) for o, b in draft_sources(offsets).values()]
@@ -335,20 +334,16 @@ class DraftHeads:
         self.sequential = model.heads_config.sequential
         weight = model.gpt.lm_head.weight.detach()  # also the embedding
         self.unembed = model.gpt.lm_head
-        if len(vocab) < len(weight):
+        if len(vocab) != len(weight):
             self.unembed = nn.Linear(weight.shape[1], len(vocab), bias=False)
             self.unembed.weight = nn.Parameter(weight[vocab], requires_grad=False)
         if self.heads and not self.attending:
-            self.stacked, _ = stack_module_state(self.heads)  # {name: (H, ...)}
+            states = [head.state_dict() for head in self.heads]
+            self.stacked = {name: torch.stack([state[name] for state in states])
+                            for name in states[0]}  # (H, ...) each
         if self.sequential:
             with torch.no_grad():  # (V, 2C) each
                 self.tables = [head.reader.embed(weight) for head in self.heads]
-
-    def caches(self, *shape):
-        """A KV cache for each head that attends; (batch, slots, dtype, device) as in
-        model.empty_cache."""
-        return [empty_cache(self.model.gpt.config, len(head.blocks), *shape)
-                for head in self.heads if self.attending]
 
     def attend(self, h, caches, slots, mask):
         """What must be computed at every token: h (B, n, ...) from MultiTokenGPT.read -> (B, n,

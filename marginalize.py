@@ -165,15 +165,15 @@ def measure(model, windows, position, horizon, branches, progress=True):
             of_window = torch.stack([right, nats, mass]).cpu()
             scores.setdefault((distance, name), []).append(of_window)
     records = []
-    best = {}  # {distance: what marginalisation got right}
-    for distance, name in sorted(scores, key=lambda key: key[0]):
+    baseline = {}  # {distance: what the model or its marginalisation got right}
+    for distance, name in sorted(scores, key=lambda key: key[0]):  # own heads stay behind it
         right, nats, mass = torch.cat(scores[distance, name], dim=1)  # (W, P) each
-        best.setdefault(distance, right)
+        baseline.setdefault(distance, right)
         records.append(dict(
             distance=distance,
             predictor=name,
             top1=interval(right),
-            top1_gain=interval(right - best[distance]),
+            top1_gain=interval(right - baseline[distance]),
             nats=interval(nats),
             mass=interval(mass)))
     return records
@@ -190,7 +190,7 @@ def print_table(records):
     for r in records:
         print(f"t+{r['distance']:<3}{r['predictor']:16}{percent(r['top1'])}"
               f"{percent(r['top1_gain'])}{r['nats'][0]:9.3f} ±{r['nats'][1]:.3f}"
-              f"{percent(r['mass'])}", flush=True)
+              f"{percent(r['mass'])}")
 
 
 def main(argv=None):

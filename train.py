@@ -216,7 +216,7 @@ def restore(args, fixed, optimizers, state):
         raise InputError(f"{args.out} was saved by another train.py; start a run from it with "
                          f"--init ({error})") from None
     if state["changed"]:
-        print(f"resumed at step {state['step']} with {state['changed']}", flush=True)
+        print(f"resumed at step {state['step']} with {state['changed']}")
         log(args, step=state["step"], changed=state["changed"])
     return state["step"]
 
@@ -282,8 +282,9 @@ def train(args, model=None, state=None):
                 lr=args.lr * lr_factor(step, args.steps, args.warmup))
             bar.set_postfix(losses, refresh=False)
             if milestone:
-                with bar.external_write_mode():
-                    validate(args, model, windows, autocast, done)
+                if not bar.leave:  # on a terminal
+                    bar.clear()
+                validate(args, model, windows, autocast, done)
             if milestone or signals:
                 save(done)
             if signals:
@@ -391,6 +392,7 @@ def main(argv=None):
             train(args, model, state)
         else:
             check_args(args)
+            require(args.out, "--out must name a folder")
             require(args.overwrite or not (Path(args.out) / "checkpoint.pt").exists(),
                     f"{args.out} already holds a run; give --resume {args.out}, --overwrite or "
                     "another --out")

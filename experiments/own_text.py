@@ -66,7 +66,7 @@ def main(argv=None):
     p.option("prompt-tokens", 16, "length of a prompt", least=1)
     p.option("batch-size", 32, "texts written at once", least=1)
     p.option("temperature", 1.0, "0 is greedy")
-    p.option("top-k", None, "sample among the k most probable tokens", type=int)
+    p.option("top-k", None, "sample among the k most probable tokens", type=int, least=1)
     p.option("top-p", 1.0, "sample among the best tokens of this probability")
     p.option("seed", 0, "of the sampling noise")
     p.option("device", "auto", "auto, cpu, cuda, cuda:1, mps")

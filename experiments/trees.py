@@ -144,7 +144,7 @@ class TreeDecoder(Decoder):
 @torch.no_grad()
 def draft_ranks(model, windows):
     """Windows (n, T) int64 of real text -> {(offset, look_back): (n, T)}: the rank of the right
-    token, where a step's root is at a position. Teacher forcing, as in decode.accepted_drafts."""
+    token, where a step's root is at a position. Teacher forcing, as in heads.accepted_drafts."""
     ranks = {}
     for o in model.offsets[1:]:
         rows = []

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from conftest import tiny_gpt, tiny_model
 from heads import (DraftHeads, HeadsConfig, MultiTokenGPT, draft_sources, joint_loss,
                    parse_offsets, predictions_and_targets)
-from model import causal_mask
+from model import causal_mask, empty_cache
 
 KINDS = pytest.mark.parametrize("kind", ["resblock", "block"])
 WHS = pytest.mark.parametrize("whs", [False, True])
@@ -244,7 +244,7 @@ def test_the_heads_run_together_and_block_by_block_as_one_by_one(
     idx = torch.randint(0, 31, (2, 12))
     vocab = torch.tensor([3, 1, 20])
     run = DraftHeads(model, offsets, vocab)
-    caches = run.caches(2, 16, torch.float32, "cpu")
+    caches = [empty_cache(model.gpt.config, 2, 2, 16, torch.float32, "cpu") for _ in run.heads]
     h = model.hidden_states(idx)
     parts = []
     for position in torch.arange(12).expand(2, 12).split((7, 5), dim=1):
