@@ -11,7 +11,7 @@ from functools import cache
 import pytest
 import torch
 
-from common import can_compile, load_checkpoint, save_checkpoint
+from common import can_compile, corpus_of, load_checkpoint, save_checkpoint
 from conftest import command, process, tiny_model
 from decode import (Decoder, accepted_drafts, compare, default_methods, drafting, filter_logits,
                     generate_reference, look_up, paint, print_table)
@@ -162,14 +162,20 @@ def test_greedy_text_is_that_of_transformers_generate(method, tmp_path):
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
-def test_a_text_depends_on_its_row_and_not_on_its_batch_or_what_was_decoded_before(batch_size):
+@pytest.mark.parametrize("method", [LEAP, "1,7", "lookup"])
+def test_a_text_depends_on_its_row_and_not_on_its_batch_or_what_was_decoded_before(
+        batch_size, method):
     options = dict(temperature=1.0, seed=5)
-    decoder = decoder_of(tiny_model(), LEAP, batch_size, max_length=60, **options)
-    decoder.generate([[9] * 20, [8] * 11, [7]], 40, stop_token=range(9))
+    decoder = decoder_of(tiny_model(), method, batch_size, max_length=57, **options)
+    decoder.generate([[9] * 20, [8] * 20, [7]], 37, stop_token=range(9))
+    decoder.generate([[9] * 20] * 5, 37)
+    decoder.z.normal_(std=9)  # whatever was there
     g = decoder.generate(PROMPTS, 30)
     assert g.tokens == plain_text(1.0)
-    assert g.distances == decoder_of(tiny_model(), LEAP, **options).generate(PROMPTS, 30).distances
+    fresh = decoder_of(tiny_model(), method, **options).generate(PROMPTS, 30)
+    assert g.distances == fresh.distances
     assert decoder.generate(PROMPTS[1:], 30, first_row=1).tokens == plain_text(1.0)[1:]
+    assert not decoder.limit[2:].any()  # spare rows end at once
 
 
 def test_a_decoder_turns_dropout_off_in_a_copy_of_the_model():
@@ -456,7 +462,12 @@ def test_the_command_compares_methods_on_greedy_sampled_and_real_text(run_folder
     for title in ("greedy text", "sampled text, temperature 1"):
         assert title in result.stdout
         assert [r["method"] for r in results[title] if r["identical"]] == methods
-    assert list(results["real text"]) == methods
+    model, state = load_checkpoint(run_folder)
+    windows = corpus_of(run_folder, model, state).windows("val", 32, 32)
+    for method, tokens_per_step in results["real text"].items():
+        accepted = accepted_drafts(model, windows=windows, **drafting(method, model.offsets))
+        steps = step_begins(accepted, first=7).sum().item()  # a quarter of the context is given
+        assert tokens_per_step == 32 * 24 / steps
 
 
 def test_the_command_streams_the_continuation_of_a_prompt(run_folder):

@@ -202,6 +202,7 @@ def test_a_disk_that_is_full_leaves_the_previous_checkpoint(tmp_path):
     ("--n-embd 31", "n_head"), ("--n-embd 1000000000 --n-head 1", "memory"),
     ("--block-size 90000", "90001"), ("--device tpu", "not available"), ("--steps 0", "--steps"),
     ("--lr nan", "--lr"), ("--init no/such", "--init has its own"), ("--out README.md", "README.md"),
+    ("--out=", "--out must name a folder"),
     ("--dropout 1", "dropout"),
     ("--backbone-lr 0", "untrained"), ("--backbone-lr 0 --offsets 1", "heads must train"),
     ("--head-warmup 5 --offsets 1", "heads must train"),
@@ -271,7 +272,7 @@ def test_too_little_text_to_measure_raises_an_error(options, message, corpus):
 @pytest.mark.parametrize("script, options, words", [
     *(("decode.py", options, words) for options, words in [
         ("--methods 1,6", "no head"), ("--methods one", "offsets"), ("--data no/such", "no/such"),
-        ("--temperature -1", "temperature"), ("--top-p 3", "top_p"), ("--device tpu", "tpu"),
+        ("--temperature -1", "temperature"), ("--top-p 3", "top_p"), ("--device hpu", "hpu"),
         ("--prompts 0", "--prompts"), ("--new-tokens abc", "--new-tokens"),
         ("--out tests", "folder"), ("--prompt x --methods 1 1,2", "one of --methods"),
         ("--out no/such/x.json", "no/such"), ("--nonsense", "--nonsense"), ("--prompt=", "empty"),
