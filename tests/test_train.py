@@ -215,7 +215,7 @@ def test_sequential_heads_with_weighted_hidden_states_learn_in_the_same_loop(cor
 def test_a_log_shows_progress_by_the_clock_and_not_at_every_validation(corpus, tmp_path):
     options = ["--data", corpus, "--out", tmp_path, "--steps", 6, "--eval-every", 2, *TINY]
     options.remove("--no-progress")
-    result = process("train.py", *options)
+    result = command("train.py", *options)
     assert result.stdout.count("held-out nats") == 4
     assert result.stderr.count("train:") == 2  # at the beginning and at the end
 
