@@ -260,11 +260,11 @@ class Decoder:
         else:
             z = self.remember(h, start, n)  # (B, N - 1, C or 3C)
             if self.heads.sequential:  # one after another: each reads the draft before
-                drafts = [self.tokens.gather(1, self.position[:, None])]  # the root
+                previous = [self.tokens.gather(1, self.position[:, None])]  # the root
                 for j, head in enumerate(self.head):
-                    logits = self.heads.logits_after(z[:, j:j + 1], head, drafts[-1])
-                    drafts.append(self.pick(logits, after[:, j:j + 1], self.drafted))
-                drafts = torch.cat(drafts[1:], dim=1)
+                    logits = self.heads.logits_after(z[:, j:j + 1], head, previous[-1])
+                    previous.append(self.pick(logits, after[:, j:j + 1], self.drafted))
+                drafts = torch.cat(previous[1:], dim=1)
             else:
                 drafts = self.pick(self.heads.unembed(z), after, self.drafted)
         self.tokens[self.row, after] = drafts
@@ -278,7 +278,7 @@ class Decoder:
         new = self.heads.alone(h[self.row, i])  # (B, W, H, C or 3C)
         self.z[self.row, start[:, None] + i] = new
         heads, look_back = self.source
-        newest = self.position[:, None] - 1  # looking back beyond the text finds zeros
+        newest = self.position[:, None] - 1  # looking back before the text finds zeros
         return self.z[self.row, newest - look_back, heads]
 
     def pick(self, logits, position, vocab):
@@ -565,9 +565,6 @@ def stream(model, state, options, args):
 
 # ---- The command line ------------------------------------------------------------------------
 
-COMPARING = ("data", "prompts", "batch_size", "rounds", "eager", "out")  # not with --prompt
-
-
 def main(argv=None):
     """Compare methods, or continue a text. Bad input is one line and status 2."""
     p = Parser(prog="decode.py", description="Compare NTP, prompt lookup, MTP and leap decoding: "
@@ -607,7 +604,7 @@ def main(argv=None):
             seed=args.seed)
         if args.prompt is None:
             return report(model, state, options, args)
-        for name in COMPARING:
+        for name in ("data", "prompts", "batch_size", "rounds", "eager", "out"):
             require(getattr(args, name) == p.get_default(name),
                     f"--{name.replace('_', '-')} does not go with --prompt")
         require(len(args.methods or [0]) == 1, "--prompt takes one of --methods")

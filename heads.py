@@ -30,7 +30,8 @@ def parse_offsets(offsets, available=None):
     """"1,3,5,7", or a sequence of ints, -> (1, 3, 5, 7). Raises InputError unless they start with
     1, increase and are among the available ones."""
     try:
-        parsed = tuple(map(int, offsets.split(",") if isinstance(offsets, str) else offsets))
+        parts = offsets.split(",") if isinstance(offsets, str) else offsets
+        parsed = tuple(map(int, parts))
     except ValueError:
         parsed = ()
     require(parsed[:1] == (1,) and list(parsed) == sorted(set(parsed)),

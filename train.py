@@ -242,12 +242,8 @@ def train(args, model=None, state=None):
 
     def save(step):
         save_checkpoint(
-            out / "checkpoint.pt",
-            model,
-            step=step,
-            args=vars(args),
-            optimizers=[optimizer.state_dict() for optimizer in optimizers],
-            **fixed)
+            out / "checkpoint.pt", model, step=step, args=vars(args), **fixed,
+            optimizers=[optimizer.state_dict() for optimizer in optimizers])
 
     out.mkdir(parents=True, exist_ok=True)
     print(f"offsets {model.offsets}, on {device}, {args.dtype}; run folder {out}", flush=True)
@@ -256,13 +252,8 @@ def train(args, model=None, state=None):
         validate(args, model, windows, autocast, 0)
         save(0)  # from here on the run can be resumed
 
-    bar = progress_bar(
-        range(first, args.steps),
-        args.progress,
-        initial=first,
-        total=args.steps,
-        desc="train",
-        unit="step")
+    bar = progress_bar(range(first, args.steps), args.progress, initial=first,
+                       total=args.steps, desc="train", unit="step")
     with signals_received() as signals, bar:
         for step in bar:
             idx = corpus.batch("train", args.batch_size, length, step, args.seed)

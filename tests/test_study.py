@@ -130,8 +130,9 @@ def test_probes_learn_what_a_layer_holds(tmp_path):
 
 def test_a_chain_that_is_always_right_writes_a_window_in_as_few_steps_as_can_be():
     text = Text(torch.arange(65)[None] % 32, torch.tensor([0]))
-    steps = chain_steps(counting_model((1, 2, 3, 4)), text)
-    assert steps.tolist() == [12]  # 48 tokens after a prompt of 16
+    model = counting_model((1, 2, 3, 4))
+    assert chain_steps(model, text).tolist() == [12]  # 48 tokens after a prompt of 16
+    assert chain_steps(model, text, (1,)).tolist() == [48]
 
 
 def test_the_theory_expects_the_mean_of_independent_drafts():
