@@ -146,11 +146,11 @@ def progress_bar(iterable=None, show=True, **options):
 # ---- Files: results, checkpoints, and the corpus that belongs to a checkpoint ----------------
 
 def check_output(path):
-    """Raise InputError, before the work, if the file of --out cannot be written."""
+    """Raise InputError, before the work, if the file of results cannot be written."""
     if path:
         folder = Path(path).parent
         require(folder.is_dir() and os.access(folder, os.W_OK) and not Path(path).is_dir(),
-                f"--out {path} names a folder, or one that is missing or cannot be written to")
+                f"{path} cannot be written: it names a folder, or one that is missing or closed")
 
 
 @contextmanager

@@ -284,10 +284,10 @@ class Decoder:
     def pick(self, logits, position, vocab):
         """The tokens for `position` (B, n): logits (B, n, K) of the tokens in vocab (K,) ->
         (B, n) int64"""
-        return vocab[self.scores(logits, self.noise_row, position, vocab).argmax(-1)]
+        return vocab[self.scores(logits, position, vocab).argmax(-1)]
 
-    def scores(self, logits, row, position, vocab):
-        """What the token at `position` of text `row` is the argmax of -> (..., K).
+    def scores(self, logits, position, vocab):
+        """What `pick` takes the argmax of -> (B, n, K).
 
         At temperature T, logits + T * noise (the Gumbel-max trick). The noise belongs to the
         position, so a head that drafts with it agrees more often with the model than one without
@@ -295,7 +295,7 @@ class Decoder:
         if self.temperature == 0:
             return logits
         logits = filter_logits(logits.float(), self.temperature, self.top_k, self.top_p)
-        noise = gumbel_noise(self.seed, row, position, vocab)
+        noise = gumbel_noise(self.seed, self.noise_row, position, vocab)
         return logits + self.temperature * noise
 
     @torch.no_grad()

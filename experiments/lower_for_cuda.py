@@ -169,25 +169,15 @@ def lower(variant):
     return programs[0]
 
 
-GROUPS = {  # what the launches are for, by their names
-    "matrix products": r"mm$", "attention": r"_attention$", "norms, residuals": r"layer_norm",
-    "keys, values": r"index_copy", "GELU": r"gelu",
-    "picking tokens": r"max|sort|softmax|cumsum|topk|log"}
-
-
 def count(program):
-    """The launches in a program that Inductor wrote. -> dict(total, launches: {what for: number},
-    operators: those that Inductor leaves to PyTorch's own kernels, which may launch several)"""
+    """The launches in a program that Inductor wrote. -> dict(total, kernels: {name: number} of
+    Triton, operators: those that Inductor leaves to PyTorch's own kernels, which may launch
+    several)"""
     call = program[program.index("def call("):]
-    kernels = re.findall(r"^\s+(triton_\w+?)(?:_\d+)?\.run\(", call, re.M)
+    kernels = re.findall(r"^\s+triton_(\w+?)(?:_\d+)?\.run\(", call, re.M)
     operators = re.findall(r"(?:extern_kernels|torch\.ops\.aten|aten)\.(\w+)[\w.]*\(", call)
-
-    def group_of(name):
-        found = (group for group, pattern in GROUPS.items() if re.search(pattern, name))
-        return next(found, "bookkeeping")
-    launches = Counter(map(group_of, kernels + operators))
-    return dict(total=launches.total(), launches=dict(launches),
-                operators=dict(Counter(operators)))
+    return dict(total=len(kernels + operators), kernels=Counter(kernels),
+                operators=Counter(operators))
 
 
 # ---- The command line ------------------------------------------------------------------------
@@ -217,10 +207,9 @@ def main(argv=None):
                 row |= count(lower(variant))
             except Exception as error:  # whatever it is: that is the result
                 row["error"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-            groups = "  ".join(f"{n} {name}" for name, n in sorted(row.get("launches", {}).items()))
             with bar.external_write_mode():
-                print(f"{row['name']:60}{row.get('total', 'FAILED'):>7}  "
-                      f"{row.get('error', groups)}", flush=True)
+                print(f"{row['name']:60}{row.get('total', 'FAILED'):>7}  {row.get('error', '')}",
+                      flush=True)
             write_results(args.out, results)
     return int(any("error" in row for row in rows))
 

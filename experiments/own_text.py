@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import (Parser, can_compile, corpus_of, load_model, one_line_errors, pick_device,
@@ -39,8 +38,7 @@ def write_own_text(decoder, corpus, folder, tokens, prompt_tokens=16, source="",
             documents += [np.array(p + t, dtype="<u2") for p, t in zip(batch, texts)]
             bar.update(len(batch) * new)
     splits = dict(train=[d for i, d in enumerate(documents) if i % 20], val=documents[::20])
-    meta = dict(source=f"{OWN_TEXT}{source}", temperature=decoder.temperature,
-                top_k=decoder.top_k, top_p=decoder.top_p, seed=decoder.seed)
+    meta = dict(source=f"{OWN_TEXT}{source}", temperature=decoder.temperature, seed=decoder.seed)
     write_corpus(Path(folder), splits, corpus.tokenizer, meta)
 
 
@@ -66,11 +64,8 @@ def main(argv=None):
     p.option("prompt-tokens", 16, "length of a prompt", least=1)
     p.option("batch-size", 32, "texts written at once", least=1)
     p.option("temperature", 1.0, "0 is greedy")
-    p.option("top-k", None, "sample among the k most probable tokens", type=int, least=1)
-    p.option("top-p", 1.0, "sample among the best tokens of this probability")
     p.option("seed", 0, "of the sampling noise")
     p.option("device", "auto", "auto, cpu, cuda, cuda:1, mps")
-    p.option("dtype", "float32", "of the weights", choices=["float32", "bfloat16"])
     p.option("eager", False, "do not torch.compile the step")
     args = p.parse_args(argv)
     with one_line_errors("own_text.py"):
@@ -82,8 +77,7 @@ def main(argv=None):
         require(args.prompt_tokens < context, f"--prompt-tokens must be less than {context}")
         check_folder(Path(args.folder))
         decoder = Decoder(model.to(device), batch_size=args.batch_size, seed=args.seed,
-                          temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
-                          dtype=getattr(torch, args.dtype),
+                          temperature=args.temperature,
                           compile=not args.eager and can_compile(device))
         write_own_text(decoder, corpus, args.folder, args.tokens, args.prompt_tokens, args.run)
         print(f"next: python train.py --data {args.folder} --init {args.run} --backbone-lr 0 "

@@ -1,8 +1,7 @@
 """Look at a generated text token by token: which tokens were drafted, how far ahead, and what else
 was drafted.
 
-    python experiments/trace_page.py runs/demo --prompt "def main("     # one bracket per step
-    python experiments/trace_page.py runs/demo --html page.html         # hover over a token
+    python experiments/trace_page.py runs/demo page.html --prompt "def main("    # a page to open
 
 (`python decode.py RUN --prompt TEXT` only prints the text, coloured on a terminal.)
 """
@@ -41,12 +40,6 @@ def split_steps(tokens, distances):
         if distance == 1:
             steps.append([])
     return steps if steps[-1] else steps[:-1]
-
-
-def brackets(tokens, distances, tokenizer):
-    """The text with one pair of brackets around the tokens of each step: "[a][b c d]"."""
-    steps = split_steps(parts(tokens, tokenizer), distances)
-    return "".join("[" + "".join(part for part, _ in step) + "]" for step in steps)
 
 
 def trace(generation, blocks, sources, tokenizer):
@@ -96,33 +89,28 @@ pre { font: 15px/1.65 ui-monospace, monospace; white-space: pre-wrap; overflow-w
 .key { padding: 0 .6em; margin-left: .4em; display: inline-block }
 #tip { position: fixed; display: none; padding: .5rem .7rem; font-size: 13px; white-space: pre-wrap;
        border-radius: 6px; background: #222; color: #eee; pointer-events: none }
-#chart { display: flex; align-items: flex-end; height: 6rem; gap: 1px; position: relative;
-         border-bottom: 1px solid #ccc; border-left: 1px solid #ccc; margin-left: 1.2rem }
-#chart div { flex: 1; min-width: 1px; max-width: 1.5rem }
-#chart span { position: absolute; left: -1rem; font-size: 11px; line-height: 1 }
 </style>
 <h1>{{title}}</h1>
 <p id="about"></p>
 <div id="keys"></div>
 <pre id="text"></pre>
-<p>Drafts accepted in each step, from first to last (the bonus token comes on top):</p>
-<div id="chart"></div> <div id="tip"></div>
+<div id="tip"></div>
 <script>
 const data = {{data}};
 const get = id => document.getElementById(id), tip = get("tip"), spans = [];
 const colour = distance => `hsl(${95 + 38 * Math.min(distance - 2, 6)} 75% 80%)`;
 
-function add(parent, tag, text, className) {
-  const e = document.createElement(tag);
+function add(parent, text, className) {
+  const e = document.createElement("span");
   parent.append(Object.assign(e, { textContent: text, className }));
   return e;
 }
 
-function showStep(step, event, lines) {
+function showStep(step, event, origin) {
   for (const s of spans) s.classList.toggle("same", s.step === step);
   const { accepted, rate, rejected } = data.steps[step];
-  lines = [...lines, `step ${step + 1}: ${accepted} of ${accepted + rejected.length} drafts ` +
-           `accepted, ${rate.toFixed(2)} tokens per step so far`];
+  const lines = [origin, `step ${step + 1}: ${accepted} of ${accepted + rejected.length} ` +
+                 `drafts accepted, ${rate.toFixed(2)} tokens per step so far`];
   if (rejected.length) lines.push("not accepted in this step:");
   for (const [text, j] of rejected) lines.push(`   ${JSON.stringify(text)}  ${data.origins[j]}`);
   tip.textContent = lines.join("\\n");
@@ -132,60 +120,47 @@ function showStep(step, event, lines) {
   tip.style.top = event.clientY + (below ? 20 : -10 - tip.offsetHeight) + "px";
 }
 
-function hover(element, step, lines) {
-  element.onmousemove = event => showStep(step, event, lines);
-  element.onmouseleave = () => {
+get("about").textContent = data.about;
+add(get("keys"), "drafted at distance", "");
+for (const j of Object.keys(data.origins))
+  add(get("keys"), j, "draft key").style.background = colour(j);
+if (data.back.length) add(get("keys"), "underlined: by looking back", "key back");
+add(get("keys"), "plain: a bonus token", "key");
+
+add(get("text"), data.prompt, "prompt");
+for (const [text, step, j] of data.tokens) {
+  const back = data.back.includes(j) ? " back" : "";
+  const e = add(get("text"), text, j > 1 ? "draft" + back : "");
+  if (j > 1) e.style.background = colour(j);
+  e.step = step;
+  spans.push(e);
+  const origin = `${JSON.stringify(text)}: ${j > 1 ? data.origins[j] : "the bonus token"}`;
+  e.onmousemove = event => showStep(step, event, origin);
+  e.onmouseleave = () => {
     tip.style.display = "none";
     for (const s of spans) s.classList.remove("same");
   };
 }
-
-get("about").textContent = data.about;
-add(get("keys"), "span", "drafted at distance", "");
-for (const j of Object.keys(data.origins))
-  add(get("keys"), "span", j, "draft key").style.background = colour(j);
-if (data.back.length) add(get("keys"), "span", "underlined: by looking back", "key back");
-add(get("keys"), "span", "plain: a bonus token", "key");
-
-add(get("text"), "span", data.prompt, "prompt");
-for (const [text, step, j] of data.tokens) {
-  const back = data.back.includes(j) ? " back" : "";
-  const e = add(get("text"), "span", text, j > 1 ? "draft" + back : "");
-  if (j > 1) e.style.background = colour(j);
-  e.step = step;
-  spans.push(e);
-  hover(e, step, [`${JSON.stringify(text)}: ${j > 1 ? data.origins[j] : "the bonus token"}`]);
-}
-
-const high = Math.max(1, ...data.steps.map(s => s.accepted));
-for (let k = 0; k <= high; k++)
-  add(get("chart"), "span", k, "").style.bottom = `calc(${100 * k / high}% - .3rem)`;
-data.steps.forEach((s, i) => {
-  const bar = add(get("chart"), "div", "", "");
-  bar.style.height = `calc(${100 * s.accepted / high}% + 2px)`;
-  bar.style.background = s.accepted ? colour(s.accepted + 1) : "#999";
-  hover(bar, i, []);
-});
 </script>
 </html>
 """
 
 
 def main(argv=None):
-    """Generate a text and show it. Bad input is one line and status 2."""
-    p = Parser(prog="trace_page.py", description="Generate a text and show which tokens were "
-               "drafted, and from where.")
+    """Generate a text and write the page. Bad input is one line and status 2."""
+    p = Parser(prog="trace_page.py", description="Generate a text, and write a page that shows "
+               "which tokens were drafted, and from where.")
     p.add_argument("run", metavar="RUN", help="a run of train.py, or GPT-2 weights")
+    p.add_argument("page", metavar="PAGE", help="the HTML file to write")
     p.option("prompt", "def ", "the text to continue", metavar="TEXT")
     p.option("method", None, "as in decode.py; default: all offsets, or lookup without heads")
     p.option("new-tokens", 192, "tokens to write, at most", least=1)
     p.option("temperature", 1.0, "0 is greedy")
     p.option("seed", 0, "of the sampling noise")
     p.option("device", "auto", "auto, cpu, cuda, cuda:1, mps")
-    p.option("html", None, "also write a page to look at", metavar="FILE")
     args = p.parse_args(argv)
     with one_line_errors("trace_page.py"):
-        check_output(args.html)
+        check_output(args.page)
         model, state = load_model(args.run)
         tokenizer = get_tokenizer(tokenizer_name(model, state))
         method = args.method or default_methods(model.offsets)[-1]
@@ -199,13 +174,10 @@ def main(argv=None):
                              on_step=lambda: blocks.append(block_of(decoder)))
         words = dict.fromkeys([METHODS.get(method, "all offsets"), method])  # "lookup" is both
         title = f"{' '.join(words)}, temperature {args.temperature:g}"
-        print(f"{title}: {g.tokens_per_step:.2f} tokens per step, one step per bracket\n")
-        print(args.prompt + brackets(g.tokens[0], g.distances[0], tokenizer))
-        if args.html:
-            traced = trace(g, blocks, draft_sources(options["offsets"]), tokenizer)
-            with atomic_write(args.html) as f:
-                f.write(html_page(title, args.prompt, traced).encode())
-            print(f"\nwritten to {args.html}")
+        traced = trace(g, blocks, draft_sources(options["offsets"]), tokenizer)
+        with atomic_write(args.page) as f:
+            f.write(html_page(title, args.prompt, traced).encode())
+        print(f"{title}: {g.tokens_per_step:.2f} tokens per step; open {args.page}")
 
 
 if __name__ == "__main__":

@@ -136,7 +136,7 @@ class TreeDecoder(Decoder):
             else:
                 logits = self.heads.unembed(z)[:, sources]
             after = self.position[:, None] + self.depth[nodes]
-            scores = self.scores(logits, self.noise_row, after, self.drafted)  # (B, nodes, K)
+            scores = self.scores(logits, after, self.drafted)  # (B, nodes, K)
             tokens = scores.topk(max(ranks) + 1).indices[:, range(len(nodes)), ranks]
             self.block[:, nodes] = self.drafted[tokens]
 
