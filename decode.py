@@ -28,6 +28,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from types import FunctionType
 
+import data  # before PyTorch: Ctrl-C is one line from here on
 import torch
 
 from common import (Parser, can_compile, check_output, clock, corpus_of, environment, load_model,

@@ -13,6 +13,7 @@ Multi-token heads are measured against it.
 import itertools
 import math
 
+import data  # before PyTorch: Ctrl-C is one line from here on
 import torch
 
 from common import (Parser, check_output, corpus_of, environment, load_model,

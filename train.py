@@ -15,9 +15,9 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+import data  # before PyTorch: Ctrl-C is one line from here on
 import torch
 import torch.nn.functional as F
-from torch.nn.utils import clip_grad_norm_
 
 from common import (Parser, corpus_of, has_native_bfloat16, load_checkpoint,
                     load_model, one_line_errors, pick_device, progress_bar, save_checkpoint)
@@ -171,7 +171,7 @@ def train_step(model, optimizers, idx, step, args, autocast=nullcontext()):
             group["lr"] = lr * lr_scale if group["part"] == "backbone" else lr
     with autocast:
         losses = joint_loss(model, idx, weights, backward=True)
-    norm = clip_grad_norm_(model.parameters(), 1.0)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for optimizer in optimizers:
         optimizer.step()
     return losses, norm

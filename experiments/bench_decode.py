@@ -26,9 +26,10 @@ import sys
 from functools import partial
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import data  # before PyTorch: Ctrl-C is one line from here on
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import (Parser, can_compile, check_output, clock, corpus_of, environment, load_model,
                     one_line_errors, pick_device, progress_bar, write_results)
 from data.prepare import InputError, require

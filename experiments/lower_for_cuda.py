@@ -22,11 +22,12 @@ from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import data  # before PyTorch: Ctrl-C is one line from here on
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import Parser, check_output, one_line_errors, progress_bar, write_results
 from data.prepare import require
 from decode import Decoder, compile_step, drafting

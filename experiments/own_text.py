@@ -11,9 +11,10 @@ import os
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import data  # before PyTorch: Ctrl-C is one line from here on
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import (Parser, can_compile, corpus_of, load_model, one_line_errors, pick_device,
                     progress_bar)
 from data.loader import Corpus

@@ -13,9 +13,10 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import data  # before PyTorch: Ctrl-C is one line from here on
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import (Parser, can_compile, check_output, corpus_of, environment, load_model,
                     one_line_errors, pick_device, progress_bar, write_results)
 from decode import Decoder, default_methods, drafting

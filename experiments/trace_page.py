@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import data  # before PyTorch: Ctrl-C is one line from here on
 from common import (Parser, atomic_write, check_output, load_model, one_line_errors, pick_device,
                     tokenizer_name)
 from data.prepare import get_tokenizer

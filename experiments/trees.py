@@ -14,10 +14,11 @@ from dataclasses import astuple, dataclass
 from hashlib import sha256
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import data  # before PyTorch: Ctrl-C is one line from here on
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import (Parser, can_compile, corpus_of, environment, load_model, one_line_errors,
                     pick_device, progress_bar, write_results)
 from data.prepare import require

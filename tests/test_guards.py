@@ -321,6 +321,18 @@ def test_a_closed_pipe_ends_a_stream_silently(run_folder):
     assert child.stderr.read() == "" and child.wait(60) != 0
 
 
+SCRIPTS = [path for path in [*ROOT.glob("*.py"), *ROOT.glob("experiments/**/*.py")]
+           if "def main(" in path.read_text()]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_ctrl_c_while_pytorch_is_imported_is_one_line(script, tmp_path, monkeypatch):
+    (tmp_path / "torch.py").write_text("import signal; signal.raise_signal(signal.SIGINT)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    result = process(script, "--help")
+    assert (result.returncode, result.stderr) == (-signal.SIGINT, "stopped\n")
+
+
 def test_without_a_compiler_decoders_are_compared_eagerly(run_folder, tmp_path, monkeypatch):
     for name, value in dict(CC="false", CXX="false", TORCHINDUCTOR_CACHE_DIR=tmp_path).items():
         monkeypatch.setenv(name, str(value))
