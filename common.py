@@ -80,14 +80,11 @@ def environment(device):
 # ---- Command lines ---------------------------------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose --help shows the defaults and whose errors are one line."""
-
-    def __init__(self, **options):
-        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, **options)
-        self.group = self  # of the options that follow
+    """argparse whose --help shows the defaults and whose errors are one line. A `group` that is set
+    takes the options that follow."""
 
     def option(self, name, default, help, least=0, **options):
-        """Add --name to the group: a switch, or of its default's type, a number from `least` on."""
+        """Add --name: a switch, or of its default's type; a number from `least` on."""
         kind = options.pop("type", type(default))
 
         def number(text):
@@ -97,9 +94,12 @@ class Parser(argparse.ArgumentParser):
             return value
         if default is False:
             options["action"] = "store_true"
-        elif kind in (int, float):
+        elif default is not None:
+            help += " (default: %(default)s)"
+        if kind in (int, float):
             options["type"] = number
-        self.group.add_argument(f"--{name}", default=default, help=help, **options)
+        group = getattr(self, "group", self)
+        group.add_argument(f"--{name}", default=default, help=help, **options)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n")
@@ -150,7 +150,7 @@ def check_output(path):
     if path:
         folder = Path(path).parent
         require(folder.is_dir() and os.access(folder, os.W_OK) and not Path(path).is_dir(),
-                f"{path} cannot be written: it names a folder, or one that is missing or closed")
+                f"{path} cannot be written: it is a folder, or its folder is missing or closed")
 
 
 @contextmanager

@@ -144,7 +144,8 @@ class Decoder:
     """Generates text from a MultiTokenGPT.
 
     A decoder owns the memory of its texts, so it serves one thread. It uses the model's own
-    weights where it can: make a new one after more training. Raises InputError."""
+    weights where it can: make a new one after more training. Raises InputError for offsets,
+    lengths and ways of sampling that cannot be."""
     model: MultiTokenGPT
     offsets: tuple = None       # those of the model's that may draft; (1,) is NTP, None means all
     batch_size: int = 1         # texts written at once
@@ -174,15 +175,15 @@ class Decoder:
                 and 0 < self.top_p <= 1,
                 "temperature and top_k must not be negative, and top_p must be in (0, 1]")
 
-        # Draft i of a block, at distance i + 2, comes from head number head[i], look_back[i] tokens
+        # Draft i of a block, at distance i + 2, comes from head head_index[i], look_back[i] tokens
         # before the newest token that has been read, which is the one before the root.
         sources = draft_sources(self.offsets).values()
-        self.head = [self.offsets.index(o) - 1 for o, _ in sources]
+        self.head_index = [self.offsets.index(o) - 1 for o, _ in sources]
         look_back = [b for _, b in sources]
         self.N = 1 + (self.lookup or len(sources))    # tokens of a block,
         self.rows = max(self.rows, self.N)            # and with its padding
         self.W = 1 + max(look_back, default=0)        # positions that draft
-        # The memory of B texts, of S slots each. The last block may overshoot the end; attention
+        # The memory of B texts, of S slots each. The last block may overshoot the end. Attention
         # likes multiples of 16, and on CPUs it is several times slower in 16 bits.
         B = self.batch_size
         S = (self.max_length + self.rows + 15) // 16 * 16
@@ -191,13 +192,13 @@ class Decoder:
         kind = torch.float32 if self.device.type == "cpu" else weight.dtype
         with self.device:
             self.vocab = torch.arange(config.vocab_size)
-            self.drafted = self.vocab  # what heads draft; sorted: ties fall as without draft_vocab
+            self.head_vocab = self.vocab  # sorted, so that ties fall as without draft_vocab
             if self.draft_vocab is not None:
-                self.drafted = torch.tensor(sorted(set(self.draft_vocab)))
-            self.heads = DraftHeads(self.model, self.offsets, self.drafted)
-            self.source = torch.tensor([self.head, look_back])  # (2, N - 1)
+                self.head_vocab = torch.tensor(sorted(set(self.draft_vocab)))
+            self.heads = DraftHeads(self.model, self.offsets, self.head_vocab)
+            self.source = torch.tensor([self.head_index, look_back])  # (2, N - 1)
             self.slot = torch.arange(S)                       # (S,)
-            self.row = torch.arange(B)[:, None]               # (B, 1)
+            self.row = torch.arange(B)[:, None]               # (B, 1): texts, not self.rows
             self.noise_row = self.row.clone()                 # (B, 1) keys the sampling noise
             self.tokens = torch.zeros(B, S).long()            # the texts, and drafts after them
             self.distance = torch.zeros(B, S).long()          # as in Generation
@@ -208,7 +209,7 @@ class Decoder:
             self.head_caches = [
                 empty_cache(config, len(head.blocks), B, S, kind, self.device)
                 for head in self.heads.heads if self.heads.attending]
-            # What each head computed at the positions that draft or did.
+            # What each head computed at a position. Looking back reads it again.
             width = config.n_embd * (3 if self.heads.sequential else 1)
             self.z = torch.zeros(B, S, len(self.offsets) - 1, width, dtype=weight.dtype)
         self.run_step = compile_step(self) if self.compile else self.step
@@ -219,7 +220,7 @@ class Decoder:
         position = start[:, None] + torch.arange(self.rows, device=self.device)  # (B, rows)
         block = self.tokens[self.row, position]  # the root, its drafts, and any padding
         # Verify: the target after each token of the block.
-        h, for_heads = self.forward_block(block, position)  # (B, rows, C)
+        h, for_heads = self.forward_block(block, position)  # (B, rows, C), (B, rows, ...)
         target = self.pick(self.model.gpt.lm_head(h), position + 1, self.vocab)
         # Accept the drafts before the first one that is not the target there.
         right = block[:, 1:self.N] == target[:, :self.N - 1]
@@ -262,12 +263,12 @@ class Decoder:
             z = self.remember(h, start, n)  # (B, N - 1, C or 3C)
             if self.heads.sequential:  # one after another: each reads the draft before
                 previous = [self.tokens.gather(1, self.position[:, None])]  # the root
-                for j, head in enumerate(self.head):
-                    logits = self.heads.logits_after(z[:, j:j + 1], head, previous[-1])
-                    previous.append(self.pick(logits, after[:, j:j + 1], self.drafted))
+                for j, i in enumerate(self.head_index):
+                    logits = self.heads.logits_after(z[:, j:j + 1], i, previous[-1])
+                    previous.append(self.pick(logits, after[:, j:j + 1], self.head_vocab))
                 drafts = torch.cat(previous[1:], dim=1)
             else:
-                drafts = self.pick(self.heads.unembed(z), after, self.drafted)
+                drafts = self.pick(self.heads.unembed(z), after, self.head_vocab)
         self.tokens[self.row, after] = drafts
 
     def remember(self, h, start, n):
@@ -300,7 +301,7 @@ class Decoder:
         return logits + self.temperature * noise
 
     @torch.no_grad()
-    def generate(self, prompts, max_new_tokens, stop_token=None, first_row=0, on_step=None):
+    def generate(self, prompts, max_new_tokens, stop_token=(), first_row=0, on_step=None):
         """Continue each prompt (a list of token lists, of any lengths). -> Generation
 
         stop_token: an id, or several, after which a text ends. first_row: the first prompt's row
@@ -335,8 +336,7 @@ class Decoder:
         for state in (self.position, self.limit, self.stops, self.z):
             state.zero_()
         self.noise_row.copy_(self.row + first_row)
-        if stop_token is not None:
-            self.stops[torch.tensor(stop_token)] = True
+        self.stops |= torch.isin(self.vocab, torch.tensor(stop_token, device=self.device))
         for i, prompt in enumerate(prompts):
             self.tokens[i, :len(prompt)] = torch.tensor(prompt)
             self.position[i] = len(prompt) - 1
@@ -435,7 +435,7 @@ def drafting(method, offsets):
     model with these offsets. Raises InputError."""
     if method == "lookup":
         return dict(offsets=(1,), lookup=8)
-    return dict(offsets=parse_offsets(method, offsets), lookup=0)
+    return dict(offsets=parse_offsets(method, offsets))
 
 
 def compare(decoders, prompts, new_tokens, rounds=5, progress=True):
@@ -446,12 +446,12 @@ def compare(decoders, prompts, new_tokens, rounds=5, progress=True):
     way, with what NTP writes in blocks as long as the method's."""
     expected = {}
     runs = {method: [] for method in decoders}
-    for method, decoder in progress_bar(decoders.items(), progress, desc="prepare"):
+    for method, decoder in progress_bar(decoders.items(), progress, desc="prepare", unit="method"):
         decoder.generate(prompts[:1], 1)  # first uses are slow
         if decoder.rows > 1 and decoder.model.gpt.lm_head.weight.dtype != torch.float32:
             ntp = replace(decoder, offsets=(1,), lookup=0)
             expected[method] = ntp.generate(prompts, new_tokens).tokens
-    for method in progress_bar([*decoders] * rounds, progress, desc="measure"):
+    for method in progress_bar([*decoders] * rounds, progress, desc="measure", unit="method"):
         runs[method].append(decoders[method].generate(prompts, new_tokens))
     records = []
     baseline = next(iter(runs.values()))
@@ -485,7 +485,7 @@ def report(model, state, options, args):
     """Compare methods on greedy, sampled and real text, and print it."""
     context = model.gpt.config.block_size
     corpus = corpus_of(args.run, model, state, args.data)
-    length = min(64, context // 4)
+    length = max(1, min(64, context // 4))
     n = min(args.new_tokens, context - length)
     prompts = corpus.windows("val", args.prompts, length).tolist()
     device = model.gpt.lm_head.weight.device
@@ -502,7 +502,7 @@ def report(model, state, options, args):
     for temperature in sorted({0.0, args.temperature}):
         options["temperature"] = temperature
         decoders = {}
-        for method, sources in progress_bar(draftings.items(), desc="make decoders"):
+        for method, sources in progress_bar(draftings.items(), desc="make", unit="decoder"):
             decoders[method] = Decoder(model, **options, **sources)
         records = compare(decoders, prompts, n, args.rounds)
         title = f"sampled text, temperature {temperature:g}" if temperature else "greedy text"
@@ -541,7 +541,7 @@ def stream(model, state, options, args):
     n = max(1, min(args.new_tokens, model.gpt.config.block_size - len(prompt)))
     method = (args.methods or default_methods(model.offsets))[-1]
     decoder = Decoder(model, **options, **drafting(method, model.offsets))
-    color = sys.stdout and sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    color = sys.stdout and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # a token may end inside a character
     shown = 0
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.func import functional_call
+from torch.func import functional_call, stack_module_state
 
 from data.prepare import require
 from model import Block
@@ -64,7 +64,7 @@ def look_up(tokens, position, n_drafts, longest=3):
 
     tokens (B, S) int64, of which those up to `position` (B,) are the text -> drafts (B, n_drafts).
     A longer match, of up to `longest` tokens, is better than a later one. From a match that is
-    nearer than n_drafts, the text is taken to go round in circles."""
+    nearer than n_drafts, the text goes round in circles; without one, the newest token repeats."""
     S = tokens.shape[1]
     slot = torch.arange(S, device=tokens.device)
     root = position[:, None]
@@ -141,7 +141,7 @@ class TokenReader(nn.Module):
         nn.init.zeros_(self.proj.weight)
         nn.init.zeros_(self.proj.bias)
 
-    def before(self, z):
+    def prepare(self, z):
         """What does not depend on the token: z (..., C) -> z and fc(z), (..., 3C)."""
         return torch.cat([z, self.fc(z)], dim=-1)
 
@@ -149,10 +149,10 @@ class TokenReader(nn.Module):
         """What depends on the token alone: e (..., C) -> (..., 2C)."""
         return self.fc_e(F.layer_norm(e, e.shape[-1:]))
 
-    def forward(self, before, embedded):
+    def forward(self, prepared, embedded):
         """(..., 3C) and (..., 2C) -> (..., C)."""
         C = self.proj.out_features
-        z, inner = before.split([C, 2 * C], dim=-1)
+        z, inner = prepared.split([C, 2 * C], dim=-1)
         return z + self.proj(F.silu(inner + embedded))
 
 
@@ -184,12 +184,12 @@ class Head(nn.Module):
 
     def forward(self, h, cache=None, slots=None, mask=None):
         """What the head computes from h alone: h (B, T, C), or with weighted hidden states
-        (B, T, L, C) -> z (B, T, C), or for a sequential head (B, T, 3C), from TokenReader.before.
+        (B, T, L, C) -> z (B, T, C), or for a sequential head (B, T, 3C), from TokenReader.prepare.
         The rest is as in model.Block."""
         z = h if self.mix is None else weighted_hidden_states(h, self.mix)
         for i, block in enumerate(self.blocks):
             z = block(z, cache[i] if cache else None, slots, mask)
-        return z if self.reader is None else self.reader.before(z)
+        return z if self.reader is None else self.reader.prepare(z)
 
 
 class MultiTokenGPT(nn.Module):
@@ -282,10 +282,9 @@ def joint_loss(model, idx, weights=None, backward=False):
 
 @torch.no_grad()
 def accepted_drafts(model, offsets, windows, lookup=0):
-    """How many drafts a step would have accepted whose root is at each position of real text:
-    windows (n, T) int64 -> (n, T) int64; to be used from position max(offsets) on, and as far as
-    the text goes. A draft counts only if all before it do, so a sequential head may read the text
-    itself."""
+    """How many drafts a step would have accepted whose root, the last known token, is at each
+    position of real text: windows (n, T) int64 -> (n, T) int64, as far as the text goes. A draft
+    counts only if all before it do, so a sequential head may read the text itself."""
     accepted = []
     for idx in windows:  # (T,), one by one, because logits are large
         if lookup:
@@ -297,11 +296,10 @@ def accepted_drafts(model, offsets, windows, lookup=0):
             for o in offsets[1:]:
                 logits = model.offset_logits(h, o, idx.roll(1 - o)[None])  # (1, T, V)
                 best[o] = logits[0].argmax(-1)
-            drafts = [best[o].roll(1 + b) for o, b in draft_sources(offsets).values()]
+            drafts = [F.pad(best[o], (1 + b, -1 - b)) for o, b in draft_sources(offsets).values()]
         n = torch.zeros_like(idx)
-        for i, draft in enumerate(drafts):  # (T,) each
-            right = draft == idx.roll(-1 - i)
-            n = torch.where(right & (n == i), i + 1, n)
+        for i, draft in enumerate(drafts):  # (T,) each: at root t, for token t + 1 + i
+            n += (n == i) & (draft == idx.roll(-1 - i))
         accepted.append(n)
     return torch.stack(accepted)
 
@@ -322,14 +320,13 @@ def step_begins(accepted, first):
 # ---- The heads as a decoder runs them: all on the same tokens --------------------------------
 
 class DraftHeads:
-    """Offset 1 and the heads of some offsets, for decoding. What is run together is copied: the
-    weights of heads that do not attend, the rows of `vocab`, and the table of what sequential heads
-    read of every token.
+    """The heads of some offsets, for decoding. What is run together is copied: the weights of heads
+    that do not attend, the rows of `vocab`, and the table of what sequential heads read of every
+    token.
 
     vocab (K,) int64: the tokens that heads draft, all V or fewer."""
 
     def __init__(self, model, offsets, vocab):
-        self.model = model
         self.heads = [model.heads[str(o)] for o in offsets[1:]]
         self.attending = bool(self.heads) and model.heads_config.kind == "block"
         self.sequential = model.heads_config.sequential
@@ -339,9 +336,7 @@ class DraftHeads:
             self.unembed = nn.Linear(weight.shape[1], len(vocab), bias=False)
             self.unembed.weight = nn.Parameter(weight[vocab], requires_grad=False)
         if self.heads and not self.attending:
-            states = [head.state_dict() for head in self.heads]
-            self.stacked = {name: torch.stack([state[name] for state in states])
-                            for name in states[0]}  # (H, ...) each
+            self.stacked, _ = stack_module_state(self.heads)  # {name: (H, ...)}
         if self.sequential:
             with torch.no_grad():  # (V, 2C) each
                 self.tables = [head.reader.embed(weight) for head in self.heads]

@@ -90,8 +90,8 @@ def look_ahead(gpt, idx, position, horizon, branches):
         own = (first + slot[:P * n]).view(P, n, 1)
         seen = seen.take_along_dim(parent[..., None], 2)  # what its parent sees,
         seen = seen | (slot == own)  # and itself: (B, P, n, S)
-        at = (position + depth + 1)[..., None].expand_as(token)
-        h = forward(token.flatten(1), at.flatten(1), first, seen.flatten(1, 2))
+        at = (position + depth + 1).repeat_interleave(n, dim=1)
+        h = forward(token.flatten(1), at, first, seen.flatten(1, 2))
         h = h.unflatten(1, (P, n))  # (B, P, n, C)
         first += P * n
 

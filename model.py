@@ -98,8 +98,8 @@ class Block(nn.Module):
     def forward(self, x, cache=None, slots=None, mask=None):
         """x (B, T, C) -> (B, T, C).
 
-        When decoding: the layer's cache (B*S, 2C), the slots (B*T,) of it that receive the new
-        keys and values, and a mask (B, 1, T, S) that says which slots each token sees."""
+        When decoding: the layer's cache (B*S, 2C), its rows b * S + slot (B*T,) that receive the
+        new keys and values, and a mask (B, 1, T, S) that says which slots each token sees."""
         x = x + self.attn(self.ln_1(x), cache, slots, mask)
         return x + self.mlp(self.ln_2(x))
 
@@ -171,7 +171,9 @@ class GPT(nn.Module):
             gpt = cls(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd))
             for key, p in gpt.transformer.state_dict().items():
                 p.copy_(tensors[key].T if key.endswith(TRANSPOSED) else tensors[key])
-        except (OSError, LookupError, TypeError, RuntimeError, json.JSONDecodeError) as error:
+        except InputError:
+            raise
+        except (OSError, LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise InputError(f"{path} holds no GPT-2 with its config.json: {error!r}") from None
         return gpt.eval()
 
@@ -190,7 +192,7 @@ def empty_cache(config, n_layer, batch, slots, dtype, device):
 
 def causal_mask(position, slot, dtype):
     """Let a token see the slots up to its own: position (B, N), slot (S,), which counts from 0, ->
-    (B, 1, N, S) of 0 or -inf. (If it read position alone, torch.compile would compute it anew in
+    (B, 1, N, S) of 0 or -inf. (slot is passed in, or torch.compile would compute the mask anew in
     every layer.)"""
     mask = torch.zeros(*position.shape, len(slot), dtype=dtype, device=position.device)
     return mask.masked_fill(slot > position[..., None], -math.inf)[:, None]
@@ -201,9 +203,9 @@ def causal_mask(position, slot, dtype):
 def load_tensors(path):
     """The dict in a file of torch.save or safetensors, on the CPU. Never runs code from the file.
     Raises InputError if there is none, or if it is damaged."""
-    require(Path(path).is_file(), f"there is no file {path}")
+    require(path.is_file(), f"there is no file {path}")
     try:
-        if Path(path).suffix == ".safetensors":
+        if path.suffix == ".safetensors":
             from safetensors.torch import load_file  # optional
             return load_file(path)
         return dict(torch.load(path, map_location="cpu", weights_only=True))

@@ -93,20 +93,19 @@ def make_optimizers(model, name, lr, weight_decay):
 
     "adamw": AdamW for all parameters, with weight decay on matrices only. "muon": Muon for the
     matrices inside layers and heads, AdamW for the rest (embeddings, norms, biases)."""
-    groups = {"adamw": {}, "muon": {}}  # of each optimizer: {what they have in common: group}
+    adamw = {}  # {what the parameters of a group have in common: the group}
+    muon = {}
     for key, p in model.named_parameters():
         part = "backbone" if key.startswith("gpt.") else "heads"
         decay = weight_decay if p.dim() == 2 else 0.0
         inner = p.dim() == 2 and "wte" not in key and "wpe" not in key
-        kind = "muon" if inner and name == "muon" else "adamw"
+        groups = muon if inner and name == "muon" else adamw
+        shape = p.shape if groups is muon else None
         group = dict(params=[], part=part, weight_decay=decay)
-        key = (part, decay, p.shape if kind == "muon" else None)
-        groups[kind].setdefault(key, group)["params"].append(p)
-    adamw = [*groups["adamw"].values()]
-    muon = [*groups["muon"].values()]
-    optimizers = [torch.optim.AdamW(adamw, lr=lr, betas=(0.9, 0.95))]
+        groups.setdefault((part, decay, shape), group)["params"].append(p)
+    optimizers = [torch.optim.AdamW([*adamw.values()], lr=lr, betas=(0.9, 0.95))]
     if muon:
-        optimizers.append(Muon(muon, lr=lr))
+        optimizers.append(Muon([*muon.values()], lr=lr))
     return optimizers
 
 
@@ -273,7 +272,7 @@ def train(args, model=None, state=None):
                 lr=args.lr * lr_factor(step, args.steps, args.warmup))
             bar.set_postfix(losses, refresh=False)
             if milestone:
-                if not bar.leave:  # on a terminal
+                if not bar.leave:  # progress_bar: on a terminal
                     bar.clear()
                 validate(args, model, windows, autocast, done)
             if milestone or signals:
@@ -288,7 +287,7 @@ def train(args, model=None, state=None):
 SHAPE = dict(n_layer="transformer layers", n_head="attention heads per layer", n_embd="width",
              block_size="context in tokens", dropout="dropout rate")
 RESUMED = {"steps", "lr", "warmup", "batch_size", "data", "eval_every", "eval_windows",
-           "log_every", "device", "dtype", "progress"}  # may change in a resumed run
+           "log_every", "device", "dtype"}  # may change in a resumed run
 
 
 def make_parser():
@@ -358,6 +357,7 @@ def resume(parser, argv, path):
     require("args" in state, f"{path} holds a model but no run to resume")
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
     saved = state["args"] | dict(resume=path, out=str(folder))
+    saved.pop("progress")
     parser.set_defaults(**saved)
     args = parser.parse_args(argv)
     args.out = str(Path(args.out))

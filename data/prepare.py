@@ -159,9 +159,10 @@ def split(texts, val_fraction, seed):
     Raises InputError if a split would be empty.
     """
     total = sum(map(len, texts))
-    left = round((1 - val_fraction) * total)  # of what train is to get
-    require(0 < left < total,
+    left = (1 - val_fraction) * total  # of what train is to get
+    require(1 <= left <= total - 1,
             f"--val-fraction {val_fraction} of {total} characters leaves a split empty")
+    left = round(left)
     train = []
     val = []
     for text in sorted(texts, key=lambda text: hashlib.sha256(f"{seed} {text}".encode()).digest()):

@@ -73,10 +73,10 @@ class TreeDecoder(Decoder):
         # Nodes are drafted in groups: those of sequential heads by their source, which has one
         # distance, and those of independent heads all at once.
         sources = sorted({(node.offset - node.look_back, node.offset) for node in tree})
-        self.head = [offsets.index(offset) - 1 for _, offset in sources]
+        self.head_index = [offsets.index(offset) - 1 for _, offset in sources]
         look_back = [offset - distance for distance, offset in sources]
         self.W = 1 + max(look_back)
-        self.source = torch.tensor([self.head, look_back], device=self.device)
+        self.source = torch.tensor([self.head_index, look_back], device=self.device)
         self.block = torch.zeros_like(self.tokens[:, :self.rows])  # nodes are no stretch of a text
         self.depth, self.path, self.ancestors = [t.to(self.device) for t in tables]
         self.parent = torch.tensor([node.parent for node in tree], device=self.device)
@@ -133,13 +133,13 @@ class TreeDecoder(Decoder):
             if self.heads.sequential:
                 i = sources[0]
                 previous = self.block[:, parents]
-                logits = self.heads.logits_after(z[:, i:i + 1], self.head[i], previous)
+                logits = self.heads.logits_after(z[:, i:i + 1], self.head_index[i], previous)
             else:
                 logits = self.heads.unembed(z)[:, sources]
             after = self.position[:, None] + self.depth[nodes]
-            scores = self.scores(logits, after, self.drafted)  # (B, nodes, K)
+            scores = self.scores(logits, after, self.head_vocab)  # (B, nodes, K)
             tokens = scores.topk(max(ranks) + 1).indices[:, range(len(nodes)), ranks]
-            self.block[:, nodes] = self.drafted[tokens]
+            self.block[:, nodes] = self.head_vocab[tokens]
 
 
 @torch.no_grad()

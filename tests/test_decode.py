@@ -83,9 +83,12 @@ def test_a_wrong_head_costs_speed_at_its_distances_and_nothing_else():
 
 def test_looking_back_needs_a_past():
     # Before a prompt of one token nothing stands from which to look back: the first draft is wrong.
-    g = Decoder(counting_model((1, 3, 5, 7))).generate([[3]], 20)
+    model = counting_model((1, 3, 5, 7))
+    g = Decoder(model).generate([[3]], 20)
     assert g.tokens == [count(4, 20)]
     assert g.distances[0][:9] == [1, 1, 2, 3, 4, 5, 6, 7, 1]
+    text = torch.tensor([count(3, 32)])  # before its first token nothing stands, not its last ones
+    assert accepted_drafts(model, model.offsets, text)[0, :4].tolist() == [0, 0, 6, 6]
 
 
 def test_the_reference_reads_once_to_verify_and_once_for_each_draft():
@@ -315,7 +318,7 @@ def test_top_k_and_top_p_keep_all_methods_equal(options):
 @pytest.mark.parametrize("method", [NTP, "lookup", LEAP])
 def test_a_text_ends_with_the_first_stop_token_wherever_it_stands_in_a_block(method):
     decoder = decoder_of(tiny_model(), method, temperature=1.0, seed=5)
-    for stop in ([3, 11, 20], *([v] for v in range(0, 31, 3))):
+    for stop in ([3, 11, 20], [31], *([v] for v in range(0, 31, 3))):  # 31 is no token
         for new, whole in zip(decoder.generate(PROMPTS, 30, stop).tokens, plain_text(1.0)):
             end = next((i for i, token in enumerate(whole) if token in stop), 29)
             assert new == whole[:end + 1]

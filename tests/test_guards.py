@@ -39,6 +39,7 @@ def notes(tmp_path, monkeypatch):
 @pytest.mark.parametrize("arguments, message", [
     ("nowhere.txt", "no UTF-8 text in "), ("latin1.txt", "no UTF-8 text in "), ("data", "empty"),
     ("good.txt other.txt", "unrecognized arguments"), ("good.txt --val-fraction 1.5", "1.5"),
+    ("good.txt --val-fraction nan", "nan"),
     ("good.txt --tokenizer words", "use bytes or gpt2"), ("good.txt --seed x", "int"),
     ("other.txt --out corpus", "--out, or replace the corpus with --force"),
     ("good.txt --out corpus --seed 1", "--force"), ("good.txt --out good.txt", "good.txt"),
@@ -142,6 +143,15 @@ def test_a_damaged_or_foreign_config_is_an_error(config, message, tmp_path):
         GPT.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("change", [
+    {"wte.weight": torch.zeros(3)}, {"wte.weight": 1}, {3: torch.zeros(1)}])
+def test_foreign_tensors_are_an_error(change, tmp_path):
+    file = save_gpt2(tiny_gpt(), tmp_path)
+    torch.save(torch.load(file) | change, file)
+    with pytest.raises(InputError, match="holds no GPT-2"):
+        GPT.from_pretrained(tmp_path)
+
+
 def test_a_damaged_or_foreign_checkpoint_is_an_error(tmp_path):
     path = tmp_path / "checkpoint.pt"
     save_checkpoint(path, tiny_model((1, 2, 3)))
@@ -201,7 +211,8 @@ def test_a_disk_that_is_full_leaves_the_previous_checkpoint(tmp_path):
     ("--data no/such/corpus", "no/such/corpus prepare.py"), ("--offsets 2,3", "start with 1"),
     ("--n-embd 31", "n_head"), ("--n-embd 1000000000 --n-head 1", "memory"),
     ("--block-size 90000", "90001"), ("--device tpu", "not available"), ("--steps 0", "--steps"),
-    ("--lr nan", "--lr"), ("--init no/such", "--init has its own"), ("--out README.md", "README.md"),
+    ("--lr nan", "--lr"), ("--init no/such", "--init has its own"),
+    ("--out README.md", "README.md"),
     ("--out=", "--out must name a folder"),
     ("--dropout 1", "dropout"),
     ("--backbone-lr 0", "untrained"), ("--backbone-lr 0 --offsets 1", "heads must train"),
@@ -289,6 +300,11 @@ def test_bad_options_are_one_line_before_any_work(script, options, words, run_fo
     result = command(script, run_folder, *options.split())
     assert_one_line_error(result, words)
     assert result.stdout == ""
+
+
+def test_help_shows_the_defaults_that_there_are():
+    shown = command("train.py", "--help").stdout
+    assert "(default: 0)" in shown and "None" not in shown and "True" not in shown
 
 
 @pytest.mark.parametrize("script", ["decode.py", "marginalize.py"])

@@ -306,6 +306,7 @@ def test_a_resumed_run_may_be_longer_and_have_another_rate_and_says_so(copied):
     last = records(copied, "lr")[-1]
     assert (last["step"], last["lr"]) == (16, 0.001 * train.lr_factor(15, 16, 2))
     assert run("--resume", copied).endswith("finished: 16 steps; --steps N goes on\n")
+    assert "train:" in command("train.py", "--resume", copied, "--steps", 17).stderr
 
 
 def test_a_run_goes_on_where_its_corpus_has_moved(copied, corpus, tmp_path):
@@ -319,8 +320,8 @@ def test_a_run_goes_on_where_its_corpus_has_moved(copied, corpus, tmp_path):
 
 def test_numbers_that_are_not_finite_stop_a_run_and_the_advice_helps(copied):
     good = (copied / "checkpoint.pt").read_bytes()
-    options = ["--resume", copied, "--steps", 30, "--log-every", 20, "--eval-every", 20]
-    result = command("train.py", *options, "--lr", 1e18)
+    options = "--steps 30 --log-every 20 --eval-every 20 --lr 1e18 --no-progress".split()
+    result = command("train.py", "--resume", copied, *options)
     assert result.returncode == 1 and result.stderr.count("\n") == 1, result.stderr
     assert "not finite at step 20" in result.stderr
     assert (copied / "checkpoint.pt").read_bytes() == good
