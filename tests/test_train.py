@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import train
-from common import load_checkpoint, progress_bar, save_checkpoint
+from common import load_checkpoint, save_checkpoint
 from conftest import QUICK, ROOT, TINY, command, process, tiny_gpt, tiny_model
 from data.loader import Corpus
 from heads import HeadsConfig, joint_loss
@@ -367,12 +367,3 @@ def test_a_killed_process_that_is_resumed_ends_with_the_same_weights(
     run("--resume", stopped)
     run(*long_run(corpus, tmp_path / "whole", 60))
     assert_same_run(stopped, tmp_path / "whole")
-
-
-def test_progress_is_lines_where_there_is_no_terminal(capsys):
-    list(progress_bar(range(3), show=False))
-    assert capsys.readouterr().err == ""
-    bar = progress_bar(range(3), desc="train", unit="step")
-    list(bar)
-    assert bar.mininterval == 10  # seconds between two lines
-    assert "train:   0%|0/3 steps, 00:00 gone, ? to go\n" in capsys.readouterr().err
