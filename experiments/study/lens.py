@@ -44,11 +44,11 @@ def train_probes(model, corpus, steps, seed, offsets=(1, 2), lr=3e-3):
 
 
 @torch.no_grad()
-def probes(study, base, seed):
-    """-> {"layer l": {"lens t+1", "probe t+1", "probe t+2": how often right, by file}}"""
+def probes(study, base, seed, steps, suffix=""):
+    """-> {"layer l" + suffix: {"lens t+1", "probe t+1", "probe t+2": how often right, by file}}"""
     model = load(base)
     text = study.text(base)
-    trained = train_probes(model, study.corpus(base), study.size.head_steps, seed)
+    trained = train_probes(model, study.corpus(base), steps, seed)
     half = CONTEXT // 2
     right = {}
     for idx in text.windows.split(64):
@@ -63,5 +63,5 @@ def probes(study, base, seed):
                 right.setdefault((layer, name), []).append(correct.float().mean(1))
     rows = {}
     for (layer, name), parts in right.items():
-        rows.setdefault(f"layer {layer}", {})[name] = text.by_file(torch.cat(parts))
+        rows.setdefault(f"layer {layer}{suffix}", {})[name] = text.by_file(torch.cat(parts))
     return rows

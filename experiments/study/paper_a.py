@@ -14,7 +14,10 @@ from marginalize import look_ahead
 
 SIZES = {"1x16": (1, 16), "2x32": (2, 32)}  # layers x width of smaller models
 RATES = (3e-3, 1e-2, 3e-2)
-HEADS = {"residual": dict(offsets="1,2"), "layer": dict(offsets="1,2", head_kind="block")}
+RESIDUAL = dict(offsets="1,2")
+LAYER = dict(offsets="1,2", head_kind="block")
+HEADS = {"residual": RESIDUAL, "1 layer": LAYER}  # those whose rates are tuned
+HALF = ", half"  # the name of a run that is half as long: what more steps would bring
 
 
 # ---- What is measured ------------------------------------------------------------------------
@@ -130,7 +133,7 @@ def choose(study, kind, recipe):
 
 def chosen_file(study, kind, recipe):
     """Where that rate is kept."""
-    return study.folder / f"chosen-{kind}-{recipe}.json"
+    return study.folder / f"chosen-{kind}-{recipe}.json".replace(" ", "-")
 
 
 def chosen(study, kind, recipe):
@@ -147,28 +150,40 @@ def recipe_options(study, recipe):
 
 def head(study, seed, name, lr, base=None, **options):
     """A run that adds heads to the base."""
-    return study.run(f"{name}-{lr:g}", seed, base or study.base(seed), lr=lr, **options)
+    label = name.replace(", ", "-").replace(" ", "-")
+    return study.run(f"{label}-{lr:g}", seed, base or study.base(seed), lr=lr, **options)
+
+
+def heads(study, seed, recipe, kinds):
+    """A run for each kind of head {name: options}."""
+    runs = {}
+    for name, options in kinds.items():
+        rate = chosen(study, "1 layer" if "head_kind" in options else "residual", recipe)
+        options = recipe_options(study, recipe) | options
+        runs[name] = head(study, seed, f"{name}-{recipe}", rate, **options)
+    return runs
+
+
+def and_half(kinds, steps):
+    """These kinds of heads, and each of them trained half as long."""
+    return kinds | {name + HALF: options | dict(steps=steps // 2)
+                    for name, options in kinds.items()}
 
 
 def frozen_runs(study, seed):
     """Heads for t+2 on a frozen model. Those "from layer l" read that layer by as many new layers
     as make five with it; from layer 0, the embeddings, by four."""
-    fixed = recipe_options(study, "frozen")
-    rate = chosen(study, "residual", "frozen")
-    runs = {"residual": head(study, seed, "residual-frozen", rate, **fixed, **HEADS["residual"]),
-            "residual, WHS": head(study, seed, "residual-frozen-whs", rate, **fixed,
-                                  **HEADS["residual"], whs=True),
-            "sequential": head(study, seed, "sequential-frozen", rate, **fixed,
-                               **HEADS["residual"], sequential=True)}
-    rate = chosen(study, "layer", "frozen")
-    runs["1 layer"] = head(study, seed, "layer-frozen", rate, **fixed, **HEADS["layer"])
-    for n in (2, 4):
-        runs[f"{n} layers"] = head(study, seed, f"{n}-layers-frozen", rate, **fixed,
-                                   **HEADS["layer"], head_layers=n)
+    kinds = {"residual": RESIDUAL, "sequential": RESIDUAL | dict(sequential=True),
+             "1 layer": LAYER, "2 layers": LAYER | dict(head_layers=2),
+             "4 layers": LAYER | dict(head_layers=4)}
+    runs = heads(study, seed, "frozen", and_half(kinds, study.size.head_steps)
+                 | {"residual, WHS": RESIDUAL | dict(whs=True)})
+    rate = chosen(study, "1 layer", "frozen")
     for layer in range(4):
         lower = study.first_layers(study.base(seed), layer)
+        options = recipe_options(study, "frozen") | LAYER | dict(head_layers=min(4, 5 - layer))
         runs[f"from layer {layer}"] = head(study, seed, f"from-{layer}-frozen", rate, lower,
-                                           **fixed, **HEADS["layer"], head_layers=min(4, 5 - layer))
+                                           **options)
     return runs
 
 
@@ -178,33 +193,26 @@ def frozen(study, seed):
     rows = {"base": known(study, base, (1,), True)}
     for name, run in frozen_runs(study, seed).items():
         rows[name] = known(study, run, (2,))
-    return rows | probes(study, base, seed)
+    n = study.size.head_steps
+    return rows | probes(study, base, seed, n) | probes(study, base, seed, n // 2, HALF)
 
 
 # ---- 3: joint training -----------------------------------------------------------------------
 
 def joint_runs(study, seed):
     """Heads and backbone trained together, in several ways, about as long as frozen ones."""
-    steps = dict(steps=study.size.joint_steps)
-    runs = {"no head": study.run("trained-on", seed, study.base(seed), backbone_lr=0.1,
-                                 lr=chosen(study, "residual", "joint"), **steps)}
-    for kind, options in HEADS.items():
-        joint = recipe_options(study, "joint")
-        recipes = {"": joint, ", WHS": joint | dict(whs=True)}
-        if kind == "residual":
-            recipes |= {", equal rates": joint | dict(backbone_lr=1),
-                        ", weight 0.3": joint | dict(head_weight=0.3),
-                        ", warm-up": joint | dict(head_warmup=study.size.joint_steps // 4)}
-        for name, recipe in recipes.items():
-            label = f"{kind}-joint{name}".replace(", ", "-").replace(" ", "-")
-            runs[kind + name] = head(study, seed, label, chosen(study, kind, "joint"),
-                                     **options, **recipe)
-    return runs
+    n = study.size.joint_steps
+    kinds = {"no head": dict(offsets="1"), "residual": RESIDUAL, "1 layer": LAYER}
+    return heads(study, seed, "joint", and_half(kinds, n) | {
+        "residual, WHS": RESIDUAL | dict(whs=True), "1 layer, WHS": LAYER | dict(whs=True),
+        "residual, equal rates": RESIDUAL | dict(backbone_lr=1),
+        "residual, weight 0.3": RESIDUAL | dict(head_weight=0.3),
+        "residual, warm-up": RESIDUAL | dict(head_warmup=n // 4)})
 
 
 def joint(study, seed):
     """-> {recipe: what it knows}"""
-    return {name: known(study, run, (1,) if name == "no head" else (1, 2), True)
+    return {name: known(study, run, (1,) if name.startswith("no head") else (1, 2), True)
             for name, run in joint_runs(study, seed).items()}
 
 
@@ -300,7 +308,7 @@ CLAIMS = [
           more(("frozen", "residual, WHS", "t+2"), ("frozen", "residual", "t+2"))),
     Claim("Joint training narrows a residual head's gap to marginalisation", "points",
           narrower("residual", "residual")),
-    Claim("... that of a head of one layer", "points", narrower("layer", "1 layer")),
+    Claim("... that of a head of one layer", "points", narrower("1 layer", "1 layer")),
     Claim("Weighted hidden states help a residual head in joint training", "points",
           more(("joint", "residual, WHS", "t+2"), ("joint", "residual", "t+2"))),
     Claim("Head warm-up helps joint training", "points",

@@ -2,7 +2,9 @@
 import numpy as np
 import torch
 
+from common import can_compile, write_results
 from decode import Decoder
+from experiments.bench_decode import step_seconds
 from experiments.study.paper_a import chosen, head, known
 from experiments.study.runs import CONTEXT, CORPORA, PROMPT, chain_steps, load
 from experiments.study.verdicts import Claim
@@ -84,6 +86,20 @@ def leap(study, seed):
         text = study.text(run)
         rows[name] = drafting(model, text) | written_text(model, text, study.size.prompts)
     return rows
+
+
+def time_steps(study):
+    """Milliseconds of a step on one core, in turns, of heads on the model of Python: {"METHOD,
+    KIND"}. Nothing may run beside. -> step_ms.json"""
+    decoders = {}
+    for name, run in leap_runs(study, study.size.seeds[0]).items():
+        corpus, kind = name.split(", ")
+        for method, offsets in ({"NTP": (1,)} | METHODS).items() if corpus == "python" else ():
+            decoders[f"{method}, {kind}"] = Decoder(
+                load(run), offsets, compile=can_compile(torch.device("cpu")))
+    seconds = step_seconds(list(decoders.values()), rounds=15)
+    write_results(study.folder / "step_ms.json",
+                  {name: 1e3 * t for name, t in zip(decoders, seconds)})
 
 
 # ---- 8: two stages ---------------------------------------------------------------------------

@@ -11,9 +11,10 @@ import re
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+import data  # before PyTorch: Ctrl-C is one line from here on
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from common import Parser, one_line_errors
 from data.prepare import InputError, require
 from experiments.study import paper_a, paper_b
@@ -49,13 +50,20 @@ def table(results):
 
 def fact(results, key):
     """What a comment in the page names: a mean as in frozen/base/marginal; steps:PART/ROW/MEASURE:
-    tokens per step; E:ROW/METHOD: what the theory expects; claim:N, low:N, high:N; formula,
-    break-even: attenuations."""
+    tokens per step; speed:ROW/METHOD: thousands of tokens per second, ms:METHOD, KIND: of a step;
+    E:ROW/METHOD: what the theory expects; claim:N, low:N, high:N; formula, break-even:
+    attenuations."""
     kind, _, rest = key.rpartition(":")
     m = results.of()
     if kind == "steps":
         part, row, measure = rest.split("/")
         return paper_b.tokens_per_step(m, row, measure, part)
+    if kind == "ms":
+        return results.step_ms[rest]
+    if kind == "speed":
+        row, method = rest.split("/")
+        ms = results.step_ms[f"{method}, {row.split(', ')[1]}"]
+        return paper_b.tokens_per_step(m, row, f"{method}, chain") / ms
     if kind == "E":
         row, method = rest.split("/")
         accuracy = {o: m("leap", row, f"offset {o}") for o in range(2, 8)}
@@ -102,8 +110,8 @@ def dots(axis, results, entries, title, xlabel):
         low, high = np.quantile(drawn, [0.025, 0.975])
         axis.errorbar(value, y, xerr=[[value - low], [high - value]], fmt="o", color=color,
                       capsize=3)
-    axis.set(yticks=range(len(entries)), title=title, xlabel=xlabel,
-             yticklabels=[label for label, *_ in reversed(entries)])
+    axis.set(yticks=range(len(entries)), ylim=(-0.6, len(entries) - 0.4), title=title,
+             xlabel=xlabel, yticklabels=[label for label, *_ in reversed(entries)])
     axis.grid(axis="x", alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
 
@@ -136,6 +144,11 @@ def draw_heads(results, axes):
             ("sequential", "residual, reads the token before", "t+2")]
     dots(axes[0], results, [(label, BLUE, mean("frozen", row, what)) for row, label, what in rows],
          "heads on a frozen model", "token after next right, % (right is better)")
+    hollow = dict(marker="o", mfc="none", color=GREY, ls="")
+    axes[0].plot([], [], **hollow, label="half as many steps")
+    for y, (row, _, what) in enumerate(reversed(rows)):
+        if row + paper_a.HALF in results.rows["frozen"]:
+            axes[0].plot(100 * results.mean("frozen", row + paper_a.HALF, what), y, **hollow)
     marginal = 100 * results.mean("frozen", "base", "marginal")
     axes[0].axvline(marginal, color=ORANGE, ls="--", label="marginalised")
     axes[0].legend(fontsize=8, frameon=False, loc="lower left")
@@ -154,12 +167,11 @@ def draw_heads(results, axes):
 def draw_joint(results, axes):
     """What joint training gains for the head and costs the next-token model."""
     rows = ["residual", "residual, equal rates", "residual, weight 0.3", "residual, warm-up",
-            "residual, WHS", "layer", "layer, WHS"]
-    one_layer = [row.startswith("layer") for row in rows]
-    colors = [ORANGE if is_layer else BLUE for is_layer in one_layer]
+            "residual, WHS", "1 layer", "1 layer, WHS"]
+    kinds = [row.split(",")[0] for row in rows]
+    colors = [ORANGE if kind == "1 layer" else BLUE for kind in kinds]
     dots(axes[0], results, [
-        (row, color, paper_a.narrower(row, "1 layer" if is_layer else "residual"))
-        for row, color, is_layer in zip(rows, colors, one_layer)],
+        (row, color, paper_a.narrower(row, kind)) for row, color, kind in zip(rows, colors, kinds)],
         "joint training: what the head gains",
         "points closer to marginalisation than a frozen head (right is better)")
     dots(axes[1], results, [
@@ -210,6 +222,19 @@ def draw_leap(results, axes):
     axes[1].legend(fontsize=8, frameon=False)
 
 
+def draw_stages(results, axes):
+    """L-MTP's two stages against one, and against no heads."""
+    dots(axes[0], results, [
+        (row, ORANGE, lambda m, row=row: paper_b.tokens_per_step(m, row, "steps", "stages"))
+        for row in ("two stages", "one stage")], "real text, leap",
+        "tokens per step (right is better)")
+    none = "stages", "no heads", "nats t+1"
+    dots(axes[1], results, [
+        (row, ORANGE, paper_a.more(("stages", row, "nats t+1"), none, 1))
+        for row in ("two stages", "one stage")], "what the next-token model pays",
+        "nats over training on without heads (left is better)")
+
+
 def draw_all(results):
     """experiments/results/study_NAME.png for each figure."""
     try:
@@ -218,7 +243,7 @@ def draw_all(results):
         raise InputError("the figures need a package: pip install matplotlib") from None
     plt.switch_backend("Agg")
     for draw, height in ((draw_knows, 2.6), (draw_heads, 3.8), (draw_joint, 3.4),
-                         (draw_scratch, 3), (draw_leap, 7)):
+                         (draw_scratch, 3), (draw_leap, 7), (draw_stages, 1.8)):
         figure, axes = plt.subplots(1, 2, figsize=(11, height), layout="constrained")
         draw(results, axes)
         figure.savefig(FOLDER / f"study_{draw.__name__.removeprefix('draw_')}.png", dpi=100)

@@ -18,9 +18,10 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+import data  # before PyTorch: Ctrl-C is one line from here on
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from common import (Parser, atomic_write, check_output, environment, one_line_errors,
                     progress_bar, write_results)
 from data.prepare import InputError, prepare
@@ -60,7 +61,7 @@ def base(study, seed):
         study.base(seed, corpus)
 
 
-JOBS = {"base": base, "choose": paper_a.choose, "measure": measure}
+JOBS = {"base": base, "choose": paper_a.choose, "measure": measure, "time": paper_b.time_steps}
 
 
 def enter():
@@ -86,7 +87,8 @@ def do_all(study, jobs, save):
     seeds = study.size.seeds
     stages = {"base": [(seed,) for seed in (SELECT, *seeds)],
               "choose": list(itertools.product(paper_a.HEADS, ("joint", "frozen"))),
-              "measure": [("frozen", SELECT), *itertools.product(PARTS, seeds)]}
+              "measure": [("frozen", SELECT), *itertools.product(PARTS, seeds)],
+              "time": [()]}
     pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), enter)
     total = sum(map(len, stages.values()))
     with progress_bar(total=total, desc="study", unit="job") as bar, pool:
@@ -96,7 +98,7 @@ def do_all(study, jobs, save):
                 for future in as_completed(futures):
                     future.result()
                     bar.update()
-                    if job == "measure":
+                    if job in ("measure", "time"):
                         save()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -126,8 +128,10 @@ def main(argv=None):
         def save():
             counts = {corpus: study.text(study.base(study.size.seeds[0], corpus)).counts()
                       for corpus in CORPORA}
+            timed = study.folder / "step_ms.json"
             results = dict(environment=environment(torch.device("cpu")), counts=counts,
                            minutes=(time.time() - begin) / 60, seeds=study.size.seeds,
+                           step_ms=json.loads(timed.read_text()) if timed.exists() else {},
                            rows=collect(study))
             with atomic_write(out) as file:
                 file.write(json.dumps(results).encode() + b"\n")

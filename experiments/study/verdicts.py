@@ -9,8 +9,8 @@ both things that vary:
   number from Student's t distribution.
 
 supported: the interval lies beyond the smallest effect; opposite: beyond minus the smallest effect;
-negligible: between the two; undecided: anything else, or Holm's correction for all claims together
-leaves p above 0.05.
+negligible: between the two; undecided: anything else, or (Holm) the correction for all claims
+together leaves p above 0.05.
 """
 from contextlib import suppress
 from dataclasses import dataclass
@@ -43,6 +43,7 @@ class Results:
         self.counts = {corpus: np.array(counts) for corpus, counts in saved["counts"].items()}
         self.select = select
         self.seeds = saved["seeds"]
+        self.step_ms = saved.get("step_ms")  # {"METHOD, KIND": milliseconds of a step}
         rng = np.random.default_rng(0)
         self.drawn = {corpus: rng.multinomial(len(c), np.full(len(c), 1 / len(c)), DRAWS)
                       for corpus, c in self.counts.items()}  # {corpus: (DRAWS, files)}
@@ -118,6 +119,7 @@ def judge(claims, results):
     """-> a dict per claim, as from `estimate`, with its verdict"""
     found = [estimate(claim, results) for claim in claims]
     for claim, f, p in zip(claims, found, holm([f["p"] for f in found])):
+        undecided = "undecided (Holm)" if f["p"] <= 0.05 else "undecided"
         f.update(heading=claim.heading, unit=claim.unit, p=p,
-                 verdict=f["word"] if p <= 0.05 else "undecided")
+                 verdict=f["word"] if p <= 0.05 else undecided)
     return found
