@@ -192,10 +192,9 @@ class Decoder:
         kind = torch.float32 if self.device.type == "cpu" else weight.dtype
         with self.device:
             self.vocab = torch.arange(config.vocab_size)
-            self.head_vocab = self.vocab  # sorted, so that ties fall as without draft_vocab
-            if self.draft_vocab is not None:
-                self.head_vocab = torch.tensor(sorted(set(self.draft_vocab)))
-            self.heads = DraftHeads(self.model, self.offsets, self.head_vocab)
+            # Sorted, so that ties fall as without draft_vocab.
+            self.head_ids = torch.tensor(sorted(set(self.draft_vocab or range(config.vocab_size))))
+            self.heads = DraftHeads(self.model, self.offsets, self.head_ids)
             self.source = torch.tensor([self.head_index, look_back])  # (2, N - 1)
             self.slot = torch.arange(S)                       # (S,)
             self.row = torch.arange(B)[:, None]               # (B, 1): texts, not self.rows
@@ -265,10 +264,10 @@ class Decoder:
                 previous = [self.tokens.gather(1, self.position[:, None])]  # the root
                 for j, i in enumerate(self.head_index):
                     logits = self.heads.logits_after(z[:, j:j + 1], i, previous[-1])
-                    previous.append(self.pick(logits, after[:, j:j + 1], self.head_vocab))
+                    previous.append(self.pick(logits, after[:, j:j + 1], self.head_ids))
                 drafts = torch.cat(previous[1:], dim=1)
             else:
-                drafts = self.pick(self.heads.unembed(z), after, self.head_vocab)
+                drafts = self.pick(self.heads.unembed(z), after, self.head_ids)
         self.tokens[self.row, after] = drafts
 
     def remember(self, h, start, n):
@@ -438,7 +437,7 @@ def drafting(method, offsets):
     return dict(offsets=parse_offsets(method, offsets))
 
 
-def compare(decoders, prompts, new_tokens, rounds=5, progress=True):
+def compare(decoders, prompts, new_tokens, rounds=5):
     """Time decoders {method: Decoder}, the first of which is the baseline, NTP, in turns on the
     same prompts. -> a record per method, with medians over the rounds
 
@@ -446,12 +445,12 @@ def compare(decoders, prompts, new_tokens, rounds=5, progress=True):
     way, with what NTP writes in blocks as long as the method's."""
     expected = {}
     runs = {method: [] for method in decoders}
-    for method, decoder in progress_bar(decoders.items(), progress, desc="prepare", unit="method"):
+    for method, decoder in progress_bar(decoders.items(), desc="prepare", unit="method"):
         decoder.generate(prompts[:1], 1)  # first uses are slow
         if decoder.rows > 1 and decoder.model.gpt.lm_head.weight.dtype != torch.float32:
             ntp = replace(decoder, offsets=(1,), lookup=0)
             expected[method] = ntp.generate(prompts, new_tokens).tokens
-    for method in progress_bar([*decoders] * rounds, progress, desc="measure", unit="method"):
+    for method in progress_bar([*decoders] * rounds, desc="measure", unit="method"):
         runs[method].append(decoders[method].generate(prompts, new_tokens))
     records = []
     baseline = next(iter(runs.values()))

@@ -137,9 +137,9 @@ class TreeDecoder(Decoder):
             else:
                 logits = self.heads.unembed(z)[:, sources]
             after = self.position[:, None] + self.depth[nodes]
-            scores = self.scores(logits, after, self.head_vocab)  # (B, nodes, K)
+            scores = self.scores(logits, after, self.head_ids)  # (B, nodes, K)
             tokens = scores.topk(max(ranks) + 1).indices[:, range(len(nodes)), ranks]
-            self.block[:, nodes] = self.head_vocab[tokens]
+            self.block[:, nodes] = self.head_ids[tokens]
 
 
 @torch.no_grad()

@@ -352,7 +352,7 @@ def test_a_comparison_has_a_record_per_method_and_finds_the_texts_identical():
     options = dict(temperature=1.0, seed=5)
     methods = default_methods(model.offsets)
     decoders = {method: decoder_of(model, method, **options) for method in methods}
-    records = compare(decoders, PROMPTS, 30, rounds=1, progress=False)
+    records = compare(decoders, PROMPTS, 30, rounds=1)
     assert [r["method"] for r in records] == methods == ["1", "lookup", "1,3,5"]
     for r in records:
         g = decoders[r["method"]].generate(PROMPTS, 30)
@@ -378,7 +378,7 @@ def test_a_text_that_differs_is_noticed_and_in_16_bits_ntp_writes_equally_long_b
     model.gpt.transformer.ln_f.register_forward_hook(  # disturb what is computed in blocks
         lambda module, x, h: -h if h.shape[1] > 1 else h)
     decoders = {method: decoder_of(model, method, dtype=dtype) for method in (NTP, LEAP)}
-    records = compare(decoders, [[1, 2]], 20, rounds=1, progress=False)
+    records = compare(decoders, [[1, 2]], 20, rounds=1)
     assert [r["identical"] for r in records] == [True, identical]
     print_table(records)
     assert capsys.readouterr().out.count("DIFFERS") == (not identical)
