@@ -32,8 +32,8 @@ def flips(texts, others):
 
 
 def check_run(args):
-    """Continue held-out prompts with every method, and print what differs. -> how many texts are not
-    those of padded NTP"""
+    """Continue held-out prompts with every method, and print what differs. -> how many texts differ
+    from those of padded NTP"""
     device = pick_device(args.device)
     model, state = load_model(args.run)
     context = model.gpt.config.block_size
@@ -60,7 +60,7 @@ def check_run(args):
                        differ_from_padded=differ, flipped=flipped, compared=compared)
             results["rows"].append(row)
             same = f"{len(texts) - differ} of {len(texts)}"
-            print(f"{method:14}{t:11g}{decoder.rows:6}{same:>15}{flipped:6} of {compared:<6}",
+            print(f"{method:14}{t:11g}{decoder.rows:6}{same:>15}{flipped:6} of {compared}",
                   flush=True)
             write_results(args.out, results)
     return sum(row["differ_from_padded"] for row in results["rows"])

@@ -2,8 +2,6 @@
 was drafted.
 
     python experiments/trace_page.py runs/demo page.html --prompt "def main("    # a page to open
-
-(`python decode.py RUN --prompt TEXT` only prints the text, coloured on a terminal.)
 """
 import codecs
 import html
@@ -161,7 +159,7 @@ def main(argv=None):
     p.option("device", "auto", "auto, cpu, cuda, cuda:1, mps")
     args = p.parse_args(argv)
     with one_line_errors("trace_page.py"):
-        check_output(args.page)
+        check_output(args.page or ".")
         model, state = load_model(args.run)
         tokenizer = get_tokenizer(tokenizer_name(model, state))
         method = args.method or default_methods(model.offsets)[-1]

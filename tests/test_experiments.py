@@ -143,7 +143,7 @@ def test_launches_are_those_of_triton_and_of_pytorchs_operators():
 @pytest.mark.parametrize("script, options, words", [
     ("rounding", ["RUN", "--methods", "2"], "start with 1"),
     ("trace_page", ["RUN", "OUT", "--prompt", ""], "no prompt"),
-    ("trace_page", ["RUN", "no/such/x.html"], "no/such"),
+    ("trace_page", ["RUN", "no/such/x.html"], "no/such"), ("trace_page", ["RUN", ""], "folder"),
     ("own_text", ["RUN", ""], "FOLDER"), ("own_text", ["RUN", "OUT", "--tokens", 0], "--tokens"),
     ("own_text", ["RUN", "OUT", "--prompt-tokens", 32], "less than"),
     ("bench_decode", ["--run", "RUN", "--eager"], "too short"),
