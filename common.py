@@ -150,7 +150,7 @@ def check_output(path):
     if path:
         folder = Path(path).parent
         require(folder.is_dir() and os.access(folder, os.W_OK) and not Path(path).is_dir(),
-                f"{path} cannot be written: it is a folder, or its folder is missing or closed")
+                f"{path} cannot be written: it is a folder, or its folder is missing or read-only")
 
 
 @contextmanager

@@ -79,7 +79,7 @@ def generate_reference(model, prompt, max_new_tokens, offsets=None):
 def gumbel_noise(seed, row, position, tokens):
     """Gumbel(0, 1) noise, a pure function of (seed, row, position, token).
 
-    seed int; row and position int64 that broadcast to some (...); tokens (V,) int64 -> (..., V)
+    seed int, modulo 2^48; row and position int64 that broadcast to some (...); tokens (V,) int64 -> (..., V)
     float32. The hash is two rounds of xor-shift and multiply on 32-bit words in int64, whose
     products cannot overflow."""
     def mix(x):
@@ -192,8 +192,9 @@ class Decoder:
         kind = torch.float32 if self.device.type == "cpu" else weight.dtype
         with self.device:
             self.vocab = torch.arange(config.vocab_size)
-            # Sorted, so that ties fall as without draft_vocab.
-            self.head_ids = torch.tensor(sorted(set(self.draft_vocab or range(config.vocab_size))))
+            self.head_ids = self.vocab  # sorted, so that ties fall as without draft_vocab
+            if self.draft_vocab is not None:
+                self.head_ids = torch.tensor(sorted(set(self.draft_vocab)))
             self.heads = DraftHeads(self.model, self.offsets, self.head_ids)
             self.source = torch.tensor([self.head_index, look_back])  # (2, N - 1)
             self.slot = torch.arange(S)                       # (S,)
@@ -300,7 +301,7 @@ class Decoder:
         return logits + self.temperature * noise
 
     @torch.no_grad()
-    def generate(self, prompts, max_new_tokens, stop_token=(), first_row=0, on_step=None):
+    def generate(self, prompts, max_new_tokens, stop_token=None, first_row=0, on_step=None):
         """Continue each prompt (a list of token lists, of any lengths). -> Generation
 
         stop_token: an id, or several, after which a text ends. first_row: the first prompt's row
@@ -335,7 +336,8 @@ class Decoder:
         for state in (self.position, self.limit, self.stops, self.z):
             state.zero_()
         self.noise_row.copy_(self.row + first_row)
-        self.stops |= torch.isin(self.vocab, torch.tensor(stop_token, device=self.device))
+        if stop_token is not None:
+            self.stops |= torch.isin(self.vocab, torch.tensor(stop_token, device=self.device))
         for i, prompt in enumerate(prompts):
             self.tokens[i, :len(prompt)] = torch.tensor(prompt)
             self.position[i] = len(prompt) - 1
@@ -445,12 +447,12 @@ def compare(decoders, prompts, new_tokens, rounds=5):
     way, with what NTP writes in blocks as long as the method's."""
     expected = {}
     runs = {method: [] for method in decoders}
-    for method, decoder in progress_bar(decoders.items(), desc="prepare", unit="method"):
+    for method, decoder in progress_bar(decoders.items(), desc="prepare"):
         decoder.generate(prompts[:1], 1)  # first uses are slow
         if decoder.rows > 1 and decoder.model.gpt.lm_head.weight.dtype != torch.float32:
             ntp = replace(decoder, offsets=(1,), lookup=0)
             expected[method] = ntp.generate(prompts, new_tokens).tokens
-    for method in progress_bar([*decoders] * rounds, desc="measure", unit="method"):
+    for method in progress_bar([*decoders] * rounds, desc="measure"):
         runs[method].append(decoders[method].generate(prompts, new_tokens))
     records = []
     baseline = next(iter(runs.values()))
@@ -501,7 +503,7 @@ def report(model, state, options, args):
     for temperature in sorted({0.0, args.temperature}):
         options["temperature"] = temperature
         decoders = {}
-        for method, sources in progress_bar(draftings.items(), desc="make", unit="decoder"):
+        for method, sources in progress_bar(draftings.items(), desc="make decoders"):
             decoders[method] = Decoder(model, **options, **sources)
         records = compare(decoders, prompts, n, args.rounds)
         title = f"sampled text, temperature {temperature:g}" if temperature else "greedy text"

@@ -357,7 +357,7 @@ def resume(parser, argv, path):
     require("args" in state, f"{path} holds a model but no run to resume")
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
     saved = state["args"] | dict(resume=path, out=str(folder))
-    saved.pop("progress")
+    saved.pop("progress", None)
     parser.set_defaults(**saved)
     args = parser.parse_args(argv)
     args.out = str(Path(args.out))

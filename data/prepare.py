@@ -19,6 +19,18 @@ import sys
 from pathlib import Path
 from urllib.request import urlopen
 
+
+def show_exception(kind, error, traceback, otherwise=sys.excepthook):
+    """What Python calls when an exception ends a program, here or in one that imports this: a
+    Ctrl-C that nothing else obeys is one line, also while packages are imported."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("stopped", file=sys.stderr)
+    else:
+        otherwise(kind, error, traceback)
+
+
+sys.excepthook = show_exception
+
 import numpy as np
 import tiktoken
 from tqdm import tqdm

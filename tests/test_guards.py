@@ -337,13 +337,14 @@ def test_a_closed_pipe_ends_a_stream_silently(run_folder):
     assert child.stderr.read() == "" and child.wait(60) != 0
 
 
-SCRIPTS = [path for path in [*ROOT.glob("*.py"), *ROOT.glob("experiments/**/*.py")]
+SCRIPTS = [(path, "torch") for path in [*ROOT.glob("*.py"), *ROOT.glob("experiments/**/*.py")]
            if "def main(" in path.read_text()]
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
-def test_ctrl_c_while_pytorch_is_imported_is_one_line(script, tmp_path, monkeypatch):
-    (tmp_path / "torch.py").write_text("import signal; signal.raise_signal(signal.SIGINT)")
+@pytest.mark.parametrize("script, package", [*SCRIPTS, (ROOT / "data" / "prepare.py", "numpy")])
+def test_ctrl_c_while_a_package_is_imported_is_one_line(script, package, tmp_path, monkeypatch):
+    interrupt = "import signal; signal.raise_signal(signal.SIGINT)"
+    (tmp_path / f"{package}.py").write_text(interrupt)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     result = process(script, "--help")
     assert (result.returncode, result.stderr) == (-signal.SIGINT, "stopped\n")

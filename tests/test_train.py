@@ -218,6 +218,7 @@ def test_a_log_shows_progress_by_the_clock_and_not_at_every_validation(corpus, t
     result = command("train.py", *options)
     assert result.stdout.count("held-out nats") == 4
     assert result.stderr.count("train:") == 2  # at the beginning and at the end
+    assert "train:   0%|0/6 steps, 00:00 gone, ? to go\n" in result.stderr
 
 
 # ---- Heads on a model that exists ------------------------------------------------------------

@@ -91,12 +91,13 @@ def leap(study, seed):
 def time_steps(study):
     """Milliseconds of a step on one core, in turns, of heads on the model of Python: {"METHOD,
     KIND"}. Nothing may run beside. -> step_ms.json"""
+    runs = leap_runs(study, study.size.seeds[0])
     decoders = {}
-    for name, run in leap_runs(study, study.size.seeds[0]).items():
-        corpus, kind = name.split(", ")
-        for method, offsets in ({"NTP": (1,)} | METHODS).items() if corpus == "python" else ():
+    for kind in KINDS:
+        model = load(runs[f"python, {kind}"])
+        for method, offsets in ({"NTP": (1,)} | METHODS).items():
             decoders[f"{method}, {kind}"] = Decoder(
-                load(run), offsets, compile=can_compile(torch.device("cpu")))
+                model, offsets, compile=can_compile(torch.device("cpu")))
     seconds = step_seconds(list(decoders.values()), rounds=15)
     write_results(study.folder / "step_ms.json",
                   {name: 1e3 * t for name, t in zip(decoders, seconds)})
