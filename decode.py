@@ -79,9 +79,9 @@ def generate_reference(model, prompt, max_new_tokens, offsets=None):
 def gumbel_noise(seed, row, position, tokens):
     """Gumbel(0, 1) noise, a pure function of (seed, row, position, token).
 
-    seed int, modulo 2^48; row and position int64 that broadcast to some (...); tokens (V,) int64 -> (..., V)
-    float32. The hash is two rounds of xor-shift and multiply on 32-bit words in int64, whose
-    products cannot overflow."""
+    seed int, modulo 2^48; row and position int64 that broadcast to some (...); tokens (V,) int64
+    -> (..., V) float32. The hash is two rounds of xor-shift and multiply on 32-bit words in int64,
+    whose products cannot overflow."""
     def mix(x):
         x = ((x ^ (x >> 16)) * 0x21F0AAAD) & 0xFFFFFFFF
         x = ((x ^ (x >> 15)) * 0x735A2D97) & 0xFFFFFFFF
