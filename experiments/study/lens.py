@@ -8,7 +8,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from experiments.study.runs import CONTEXT, load
+from experiments.study.runs import CONTEXT
+
+OFFSETS = (1, 2)  # of probes
 
 
 @torch.no_grad()
@@ -19,17 +21,16 @@ def layers(model, idx):
 
 
 @torch.enable_grad()
-def train_probes(model, corpus, steps, seed, offsets=(1, 2), lr=3e-3):
+def train_probes(model, corpus, steps, seed):
     """-> {offset: (weight (L + 1, V, C), bias (L + 1, 1, V))} of probes of every layer"""
-    torch.manual_seed(seed)
     config = model.gpt.config
     L = config.n_layer + 1
     probes = {o: (nn.Parameter(model.gpt.lm_head.weight.detach().repeat(L, 1, 1)),
-                  nn.Parameter(torch.zeros(L, 1, config.vocab_size))) for o in offsets}
-    optimizer = torch.optim.AdamW([p for pair in probes.values() for p in pair], lr=lr)
+                  nn.Parameter(torch.zeros(L, 1, config.vocab_size))) for o in OFFSETS}
+    optimizer = torch.optim.AdamW([p for pair in probes.values() for p in pair], lr=3e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for step in range(steps):
-        idx = corpus.batch("train", 8, CONTEXT + max(offsets), step, seed)
+        idx = corpus.batch("train", 8, CONTEXT + max(OFFSETS), step, seed)
         h = layers(model, idx[:, :CONTEXT]).flatten(1, 2)  # (L + 1, n, C)
         loss = 0
         for o, (weight, bias) in probes.items():
@@ -44,24 +45,21 @@ def train_probes(model, corpus, steps, seed, offsets=(1, 2), lr=3e-3):
 
 
 @torch.no_grad()
-def probes(study, base, seed, steps, suffix=""):
+def probes(model, text, steps, seed, suffix=""):
     """-> {"layer l" + suffix: {"lens t+1", "probe t+1", "probe t+2": how often right, by file}}"""
-    model = load(base)
-    text = study.text(base)
-    trained = train_probes(model, study.corpus(base), steps, seed)
+    trained = train_probes(model, text.corpus, steps, seed)
     half = CONTEXT // 2
-    right = {}
-    for idx in text.windows.split(64):
-        h = layers(model, idx[:, :-1])  # (L + 1, B, T, C)
-        for layer, x in enumerate(h):
-            said = {"lens t+1": (1, model.gpt.lm_head(x))}
-            for o, (weight, bias) in trained.items():
-                said[f"probe t+{o}"] = o, x @ weight[layer].T + bias[layer]
-            for name, (o, logits) in said.items():
-                asked = slice(half, CONTEXT + 1 - o)
-                correct = logits[:, asked].argmax(-1) == idx[:, half + o:]
-                right.setdefault((layer, name), []).append(correct.float().mean(1))
     rows = {}
-    for (layer, name), parts in right.items():
-        rows.setdefault(f"layer {layer}{suffix}", {})[name] = text.by_file(torch.cat(parts))
+    for idx in text.windows.split(64):
+        for layer, x in enumerate(layers(model, idx[:, :-1])):  # (B, T, C)
+            said = [("lens t+1", 1, model.gpt.lm_head(x))]
+            for o, (weight, bias) in trained.items():
+                said.append((f"probe t+{o}", o, x @ weight[layer].T + bias[layer]))
+            row = rows.setdefault(f"layer {layer}{suffix}", {})
+            for name, o, logits in said:
+                right = logits[:, half:CONTEXT + 1 - o].argmax(-1) == idx[:, half + o:]
+                row.setdefault(name, []).append(right.float().mean(1))
+    for row in rows.values():
+        for name, parts in row.items():
+            row[name] = text.by_file(torch.cat(parts))
     return rows

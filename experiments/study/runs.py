@@ -1,10 +1,12 @@
 """What the parts of the study share: how large it is, its runs of train.py, its held-out text.
 
-A run is a folder that train.py wrote. A run that is there, with the same options and younger than
-what it was made from, is kept; one that was stopped goes on.
+A run is a folder that train.py wrote. What is there, with the same options and younger than what
+it was made from, is kept; a run that was stopped goes on.
 """
+import functools
+import json
+import re
 import sys
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -14,7 +16,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 import train
-from common import load_checkpoint, save_checkpoint
+from common import load_checkpoint, save_checkpoint, write_results
 from data.loader import Corpus, gather
 from heads import MultiTokenGPT, accepted_drafts, step_begins
 from model import GPT
@@ -33,114 +35,110 @@ class Size:
     head_steps: int   # of heads on a frozen model
     joint_steps: int  # of joint training, which takes about as long as those
     windows: int      # of held-out text
-    positions: int = 8   # in each, where a model is marginalised
-    prompts: int = 256   # of text to write
+    prompts: int      # of text to write
     shape: dict = field(default_factory=lambda: dict(n_layer=4, n_head=2, n_embd=64))
 
 
-SIZES = {"quick": Size((1, 2), 600, 300, 200, 256, prompts=64),
-         "full": Size((1, 2, 3, 4, 5), 2000, 1500, 800, 768)}
+SIZES = {"quick": Size((1, 2), 600, 300, 200, 256, 64),
+         "full": Size((1, 2, 3, 4, 5), 2000, 1500, 800, 768, 256)}
 
 
-@contextmanager
-def trained_for(offset):
-    """Within, train.py trains everything for one offset alone: another `recipe`."""
-    before = train.recipe
-    if offset is not None:
-        train.recipe = lambda args, offsets, step: (
-            {o: float(o == offset) for o in offsets}, 1.0)
-    try:
-        yield
-    finally:
-        train.recipe = before
+def fresh(path, *runs):
+    """Whether a file is there and younger than the runs that it was made from."""
+    return path.exists() and all(
+        path.stat().st_mtime > (run / "checkpoint.pt").stat().st_mtime for run in runs)
 
 
 class Study:
-    """Makes the runs of a size in a folder."""
+    """Makes the runs of a size in a folder, and keeps what is measured of them."""
 
     def __init__(self, size, folder):
         self.size = size
         self.folder = Path(folder).resolve()
-        self.texts = {}
 
-    def run(self, name, seed, init=None, data="python", only=None, **options):
-        """A run of train.py, from scratch or from the run `init`; with only=2 it is trained for
-        offset 2 alone. -> its folder"""
-        out = self.folder / f"{name}-{seed}"
+    def run(self, name, seed, init=None, data="python", recipe=train.recipe, **options):
+        """A run of train.py, from scratch or from the run `init`. -> its folder"""
+        out = self.folder / re.sub("[ ,]+", "-", f"{name}-{seed}")
+        args = train.make_parser().parse_args([])  # train.py's defaults
+        vars(args).update(lr=1e-2, offsets="1", dtype="float32", device="cpu", progress=False,
+                          data=str(ROOT / "data" / data), out=str(out), seed=seed)
         if init is None:
-            options = dict(steps=self.size.steps, block_size=CONTEXT, **self.size.shape) | options
+            vars(args).update(steps=self.size.steps, block_size=CONTEXT, **self.size.shape)
         else:
-            options = dict(init=init, steps=self.size.head_steps) | options
-        options.setdefault("warmup", options["steps"] // 10)
-        options = dict(lr=1e-2, batch_size=8, offsets="1", eval_every=options["steps"],
-                       dtype="float32", device="cpu", data=ROOT / "data" / data, out=out,
-                       seed=seed) | options
-        argv = ["--no-progress", "--overwrite"]
-        for key, value in options.items():
-            argv += [f"--{key.replace('_', '-')}"] + ([] if value is True else [str(value)])
-        args = train.make_parser().parse_args(argv)
+            vars(args).update(steps=self.size.head_steps, init=str(init))
+        vars(args).update(options)
+        args.warmup = args.steps // 10
+        args.eval_every = args.steps
         train.check_args(args)
-        made = out / "checkpoint.pt"
-        if made.exists() and (init is None
-                              or made.stat().st_mtime > (init / "checkpoint.pt").stat().st_mtime):
-            state = load_checkpoint(out)[1]
-            if state["args"] | dict(resume=None) == vars(args):
-                if state["step"] < args.steps:
-                    argv = ["--resume", str(out), "--no-progress"]
-                else:
+        begun = ()
+        if fresh(out / "checkpoint.pt", *[init] if init else []):
+            model, state = load_checkpoint(out)
+            if state["args"] == vars(args):
+                if state["step"] == args.steps:
                     return out
-        with trained_for(only):
-            train.main(argv)
+                begun = model, state | dict(changed={})
+        usual = train.recipe
+        train.recipe = recipe
+        try:
+            train.train(args, *begun)
+        finally:
+            train.recipe = usual
         return out
 
     def base(self, seed, data="python"):
         """The next-token model of a corpus. The smaller corpora are soon learnt."""
-        if data == "python":
-            return self.run(f"ntp-{data}", seed)
-        return self.run(f"ntp-{data}", seed, data=data, steps=self.size.steps * 6 // 10)
+        steps = self.size.steps if data == "python" else self.size.steps * 6 // 10
+        return self.run(f"ntp-{data}", seed, data=data, steps=steps)
 
     def first_layers(self, run, n):
         """A run with the first n layers of another one's backbone, its embeddings and its final
         norm. Of no layers: with one layer that adds nothing."""
         out = run.with_name(f"{run.name}-first-{n}")
-        made = out / "checkpoint.pt"
-        if made.exists() and made.stat().st_mtime > (run / "checkpoint.pt").stat().st_mtime:
+        if fresh(out / "checkpoint.pt", run):
             return out
         model, state = load_checkpoint(run)
-        weights = model.gpt.state_dict()
         gpt = GPT(replace(model.gpt.config, n_layer=max(n, 1)))
-        gpt.load_state_dict({name: weights[name] for name in gpt.state_dict()})
-        if n == 0:
-            for name, p in gpt.named_parameters():
-                if "c_proj" in name:
-                    torch.nn.init.zeros_(p)
+        gpt.load_state_dict(model.gpt.state_dict(), strict=False)
+        for name, p in gpt.named_parameters():
+            if n == 0 and "c_proj" in name:
+                torch.nn.init.zeros_(p)
         out.mkdir(exist_ok=True)
-        save_checkpoint(made, MultiTokenGPT(gpt, model.heads_config), **state)
+        save_checkpoint(out / "checkpoint.pt", MultiTokenGPT(gpt, model.heads_config), **state)
         return out
 
-    def corpus(self, run):
-        """The corpus of a run."""
-        return Corpus(load_checkpoint(run)[1]["args"]["data"])
+    def text(self, corpus):
+        """The held-out text of a corpus, a folder. -> Text"""
+        return held_out(str(corpus), self.size.windows)
 
-    def text(self, run):
-        """The held-out text of a run's corpus. -> Text"""
-        corpus = self.corpus(run)
-        if corpus.folder not in self.texts:
-            self.texts[corpus.folder] = held_out(corpus, self.size.windows)
-        return self.texts[corpus.folder]
+    def measure(self, run, measures):
+        """What measures, functions of a model and a text, find of a run. -> {name: sums by file}"""
+        model, state = load_checkpoint(run)
+        text = self.text(state["args"]["data"])
+        found = {}
+        for measure in measures:
+            found |= measure(model, text)
+        return found
 
+    def read(self, name):
+        """What is kept under a name."""
+        return json.loads((self.folder / f"{name}.json").read_text())
 
-def load(run):
-    """A run's model."""
-    return load_checkpoint(run)[0].eval()
+    def keep(self, name, find, *runs):
+        """Keep what find() finds of some runs in NAME.json, unless it is there. (Delete that to
+        find it anew.) -> it"""
+        path = self.folder / f"{name}.json"
+        if not fresh(path, *runs):
+            write_results(path, find())
+        return self.read(name)
 
 
 # ---- Held-out text ---------------------------------------------------------------------------
 
 @dataclass
 class Text:
-    """Held-out windows (W, CONTEXT + 1) int64, and the number of the file that each comes from
-    (W,) int64. Windows of one file are alike: files are what a bootstrap draws."""
+    """Held-out windows (W, CONTEXT + 1) int64 of a corpus, and the number of the file that each
+    comes from (W,) int64. Windows of one file are alike: files are what a bootstrap draws."""
+    corpus: Corpus
     windows: torch.Tensor
     files: torch.Tensor
 
@@ -150,15 +148,13 @@ class Text:
         sums.index_add_(0, self.files, values.double())
         return [round(x, 4) for x in sums.tolist()]
 
-    def counts(self):
-        """How many windows each file has."""
-        return [int(n) for n in self.files.bincount()]
 
-
-def held_out(corpus, n):
-    """Up to n windows without overlap, evenly spread. A window whose second half, which is what is
-    asked, stands in the training text as well is left out. Where text is not divided into ten
-    files, its stretches count as such. -> Text"""
+@functools.cache
+def held_out(folder, n):
+    """Up to n windows without overlap, evenly spread, of a corpus. A window whose second half,
+    which is what is asked, stands in the training text as well is left out. Where text is not
+    divided into ten files, its stretches count as such. -> Text"""
+    corpus = Corpus(folder)
     T = CONTEXT + 1
     n = min(n, len(corpus.val) // T)
     starts = np.linspace(0, len(corpus.val) - T, n, dtype=int)
@@ -168,13 +164,10 @@ def held_out(corpus, n):
     new = torch.tensor([half.tobytes() not in train_bytes for half in halves])
     ends = np.flatnonzero(np.asarray(corpus.val) == corpus.tokenizer.eot_token)
     files = np.searchsorted(ends, starts) if len(ends) > 9 else np.arange(n) * 40 // n
-    return Text(windows[new], torch.from_numpy(files)[new])
+    return Text(corpus, windows[new], torch.from_numpy(files)[new])
 
-
-# ---- Steps through real text -----------------------------------------------------------------
 
 def chain_steps(model, text, offsets=None):
     """In how many steps offsets (None: the model's) write each window but for its prompt (W,)"""
-    windows = text.windows[:, :-1]
-    accepted = accepted_drafts(model, offsets or model.offsets, windows)
+    accepted = accepted_drafts(model, offsets or model.offsets, text.windows[:, :-1])
     return step_begins(accepted, PROMPT - 1).sum(1)

@@ -23,45 +23,23 @@ import data  # before PyTorch: Ctrl-C is one line from here on
 import torch
 
 from common import (Parser, atomic_write, check_output, environment, one_line_errors,
-                    progress_bar, write_results)
-from data.prepare import InputError, prepare
+                    progress_bar)
+from data.prepare import prepare
 from experiments.study import paper_a, paper_b
 from experiments.study.runs import CORPORA, ROOT, SELECT, SIZES, Study
 
-PARTS = {"leap": paper_b, "frozen": paper_a, "joint": paper_a, "knows": paper_a,
-         "stages": paper_b, "scratch": paper_a}
+PARTS = {"leap": paper_b.leap, "frozen": paper_a.frozen, "joint": paper_a.joint,
+         "knows": paper_a.knows, "stages": paper_b.stages, "scratch": paper_a.scratch}
 
 
 def measure(study, part, seed):
-    """Train and measure a part for a seed, unless it is done: PART-SEED.json in the folder. (Delete
-    that to measure the same runs in another way.)"""
-    module = PARTS[part]
-    runs = getattr(module, f"{part}_runs")(study, seed)
-    path = study.folder / f"{part}-{seed}.json"
-    newest = max((run / "checkpoint.pt").stat().st_mtime for run in runs.values())
-    if not path.exists() or path.stat().st_mtime < newest:
-        write_results(path, getattr(module, part)(study, seed))
+    """Train and measure a part for a seed. -> {row: {measure: sums by file}}"""
+    rows = PARTS[part](study, seed)
 
-
-def collect(study):
-    """What is measured: {part: {row: {what: {seed: sums by file}}}}"""
-    found = {}
-    for part, seed in itertools.product(PARTS, (SELECT, *study.size.seeds)):
-        path = study.folder / f"{part}-{seed}.json"
-        for row, measures in json.loads(path.read_text()).items() if path.exists() else ():
-            for what, sums in measures.items():
-                rows = found.setdefault(part, {})
-                rows.setdefault(row, {}).setdefault(what, {})[str(seed)] = sums
-    return found
-
-
-def base(study, seed):
-    """Train the next-token models that the parts start from."""
-    for corpus in CORPORA if seed != SELECT else CORPORA[:1]:
-        study.base(seed, corpus)
-
-
-JOBS = {"base": base, "choose": paper_a.choose, "measure": measure, "time": paper_b.time_steps}
+    def find():
+        found = {row: study.measure(run, measures) for row, (run, measures) in rows.items()}
+        return found | found.pop("layers", {})  # whose measures are rows themselves
+    return study.keep(f"{part}-{seed}", find, *[run for run, _ in rows.values()])
 
 
 def enter():
@@ -73,38 +51,44 @@ def enter():
     torch.set_num_threads(1)
 
 
-def work(job, study, *arguments):
+def work(study, job, arguments):
     """Do a job in a worker; what it prints goes to a log."""
     with open(study.folder / "log.txt", "a") as log, redirect_stdout(log), redirect_stderr(log):
-        try:
-            JOBS[job](study, *arguments)
-        except SystemExit:
-            raise InputError(f"{job} {arguments} failed; see {study.folder}/log.txt") from None
+        return job(study, *arguments)
 
 
-def do_all(study, jobs, save):
-    """Do all jobs, and save() after every measurement."""
+def do_all(study, jobs, parts):
+    """Do all jobs; parts are pairs of a part and a seed."""
     seeds = study.size.seeds
-    stages = {"base": [(seed,) for seed in (SELECT, *seeds)],
-              "choose": list(itertools.product(paper_a.HEADS, ("joint", "frozen"))),
-              "measure": [("frozen", SELECT), *itertools.product(PARTS, seeds)],
-              "time": [()]}
+    stages = {Study.base: [(SELECT,), *itertools.product(seeds, CORPORA)],
+              paper_a.chosen: list(itertools.product(paper_a.HEADS, ("joint", "frozen"))),
+              measure: parts,
+              paper_b.time_steps: [()]}
     pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), enter)
     total = sum(map(len, stages.values()))
     with progress_bar(total=total, desc="study", unit="job") as bar, pool:
         try:
             for job, todo in stages.items():
-                futures = [pool.submit(work, job, study, *arguments) for arguments in todo]
+                futures = [pool.submit(work, study, job, arguments) for arguments in todo]
                 for future in as_completed(futures):
                     future.result()
                     bar.update()
-                    if job in ("measure", "time"):
-                        save()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for child in multiprocessing.active_children():
                 child.terminate()  # train.py saves before it ends
             raise
+
+
+def collect(study, parts):
+    """What is measured: {part: {row: {measure: {seed: sums by file}}}}"""
+    rows = {}
+    for part, seed in parts:
+        for row, measures in study.read(f"{part}-{seed}").items():
+            for name, sums in measures.items():
+                of_row = rows.setdefault(part, {}).setdefault(row, {})
+                of_row.setdefault(name, {})[str(seed)] = sums
+    return rows
 
 
 def main(argv=None):
@@ -124,18 +108,18 @@ def main(argv=None):
         study.folder.mkdir(parents=True, exist_ok=True)
         for corpus in CORPORA:
             prepare(corpus)
-
-        def save():
-            counts = {corpus: study.text(study.base(study.size.seeds[0], corpus)).counts()
-                      for corpus in CORPORA}
-            timed = study.folder / "step_ms.json"
-            results = dict(environment=environment(torch.device("cpu")), counts=counts,
-                           minutes=(time.time() - begin) / 60, seeds=study.size.seeds,
-                           step_ms=json.loads(timed.read_text()) if timed.exists() else {},
-                           rows=collect(study))
-            with atomic_write(out) as file:
-                file.write(json.dumps(results).encode() + b"\n")
-        do_all(study, args.jobs, save)
+        parts = [("frozen", SELECT), *itertools.product(PARTS, study.size.seeds)]
+        do_all(study, args.jobs, parts)
+        texts = {corpus: study.text(ROOT / "data" / corpus) for corpus in CORPORA}
+        results = dict(
+            environment=environment(torch.device("cpu")),
+            counts={corpus: text.files.bincount().tolist() for corpus, text in texts.items()},
+            minutes=(time.time() - begin) / 60,
+            seeds=study.size.seeds,
+            step_ms=study.read("step_ms"),
+            rows=collect(study, parts))
+        with atomic_write(out) as file:
+            file.write(json.dumps(results).encode() + b"\n")
         print(f"{out}; next: python experiments/study/report.py --size {args.size}")
 
 
