@@ -14,20 +14,16 @@ from experiments.study.runs import SELECT
 CLAIMS = {  # {what is claimed: the effect, which is then large}
     "A next-token model knows the token after next better than a model trained for it":
         "knows/python/marginal - knows/direct/t+2, asked",
-    "... better than a table of counts":
-        "knows/python/marginal - knows/table/t+2, asked",
+    "... better than a table of counts": "knows/python/marginal - knows/table/t+2, asked",
     "A larger model keeps a larger part of what it knows":
         "knows/python/retention - knows/1x16/retention",
-    "... a model of logs than one of Python":
-        "knows/logs/retention - knows/shorter/retention",
+    "... a model of logs than one of Python": "knows/logs/retention - knows/shorter/retention",
     "... a model of Python than one of Shakespeare":
         "knows/shorter/retention - knows/shakespeare/retention",
     "A residual head on a frozen model reads less than marginalisation":
         "frozen/base/marginal - frozen/residual/t+2, asked",
-    "... a head of one layer":
-        "frozen/base/marginal - frozen/1 layer/t+2, asked",
-    "... a head of four layers":
-        "frozen/base/marginal - frozen/4 layers/t+2, asked",
+    "... a head of one layer": "frozen/base/marginal - frozen/1 layer/t+2, asked",
+    "... a head of four layers": "frozen/base/marginal - frozen/4 layers/t+2, asked",
     "... and what that reads comes from the model, not from the text alone":
         "frozen/4 layers/t+2 - frozen/from layer 0/t+2",
     "A lower layer is better to read, by as many new layers as make five":
@@ -44,28 +40,20 @@ CLAIMS = {  # {what is claimed: the effect, which is then large}
         " - frozen/1 layer/t+2, asked + frozen/base/marginal",
     "Weighted hidden states help a residual head in joint training":
         "joint/residual, WHS/t+2 - joint/residual/t+2",
-    "Head warm-up helps joint training":
-        "joint/residual, warm-up/t+2 - joint/residual/t+2",
+    "Head warm-up helps joint training": "joint/residual, warm-up/t+2 - joint/residual/t+2",
     "A backbone ten times slower than the heads spares the next-token model":
         "joint/residual, equal rates/nats t+1 - joint/residual/nats t+1",
     "From scratch, three adjacent heads make the next-token model better":
         "scratch/NTP/nats t+1 - scratch/MTP/nats t+1",
-    "... three leaping heads":
-        "scratch/NTP/nats t+1 - scratch/leap/nats t+1",
+    "... three leaping heads": "scratch/NTP/nats t+1 - scratch/leap/nats t+1",
     "... sequential heads rather than independent ones":
         "scratch/MTP/nats t+1 - scratch/MTP, sequential/nats t+1",
     "From scratch, a residual head reads less than its own model's marginalisation":
         "scratch/MTP/marginal - scratch/MTP/t+2, asked",
-    "Leaping heads write more than as many adjacent ones: python, independent":
-        "leap/python, independent/leap, chain - leap/python, independent/MTP, chain",
-    "Leaping heads write more than as many adjacent ones: python, sequential":
-        "leap/python, sequential/leap, chain - leap/python, sequential/MTP, chain",
-    "Leaping heads write more than as many adjacent ones: shakespeare, sequential":
-        "leap/shakespeare, sequential/leap, chain - leap/shakespeare, sequential/MTP, chain",
-    "Leaping heads write more than as many adjacent ones: logs, independent":
-        "leap/logs, independent/leap, chain - leap/logs, independent/MTP, chain",
-    "Leaping heads write more than as many adjacent ones: logs, sequential":
-        "leap/logs, sequential/leap, chain - leap/logs, sequential/MTP, chain",
+    **{f"Leaping heads write more than as many adjacent ones: {row}":
+       f"leap/{row}/leap, chain - leap/{row}/MTP, chain"
+       for row in ("python, independent", "python, sequential", "shakespeare, sequential",
+                   "logs, independent", "logs, sequential")},
     "... on text sampled at temperature 1: python, sequential":
         "leap/python, sequential/leap, T=1 - leap/python, sequential/MTP, T=1",
     "... when trees of both verify 15 rows: python, sequential":
@@ -74,8 +62,7 @@ CLAIMS = {  # {what is claimed: the effect, which is then large}
         "leap/logs, sequential/leap, tree - leap/logs, sequential/MTP, tree",
     "Leap wins beyond the break-even of the formula":
         "leap/measured/attenuation - leap/formula/attenuation",
-    "Two stages write more than one":
-        "stages/two stages/steps - stages/one stage/steps",
+    "Two stages write more than one": "stages/two stages/steps - stages/one stage/steps",
     "L-MTP's fine-tuning makes the next-token model better":
         "stages/no heads/nats t+1 - stages/two stages/nats t+1",
 }

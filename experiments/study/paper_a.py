@@ -12,7 +12,6 @@ from experiments.study.lens import probes
 from experiments.study.runs import CONTEXT, CORPORA, SELECT, chain_steps
 from marginalize import look_ahead
 
-SIZES = {"1x16": (1, 16), "2x32": (2, 32)}  # layers x width of smaller models
 RATES = (3e-3, 1e-2, 3e-2)
 RESIDUAL = dict(offsets="1,2")
 LAYER = dict(offsets="1,2", head_kind="block")
@@ -101,7 +100,8 @@ def knows(study, seed):
     """Next-token models of three corpora and three sizes; one of Python that trained as long as
     those of the other corpora; one trained for the token after next; a table of counts."""
     models = {corpus: study.base(seed, corpus) for corpus in CORPORA}
-    for name, (n, width) in SIZES.items():
+    for n, width in ((1, 16), (2, 32)):
+        name = f"{n}x{width}"
         models[name] = study.run(f"ntp-{name}", seed, n_layer=n, n_head=n, n_embd=width)
     models["shorter"] = study.run("ntp-shorter", seed, steps=study.size.steps * 6 // 10)
     rows = {name: (run, [next_token, marginal]) for name, run in models.items()}
@@ -185,13 +185,10 @@ def joint(study, seed):
 
 # ---- 5: from scratch -------------------------------------------------------------------------
 
-LONGER = 1.25  # of NTP: a step of MTP takes 1.2 of its steps
-
-
 def scratch(study, seed):
     """Models with three heads from scratch; next-token models of as many steps, and of as much
-    time."""
-    longer = study.run("ntp-longer", seed, steps=int(LONGER * study.size.steps))
+    time, because a step of MTP takes 1.2 times as long."""
+    longer = study.run("ntp-longer", seed, steps=study.size.steps * 5 // 4)
     rows = {"NTP": (study.base(seed), [next_token, marginal]),
             "NTP, longer": (longer, [next_token, marginal])}
     for method, offsets in {"MTP": "1,2,3,4", "leap": "1,3,5,7"}.items():

@@ -18,7 +18,6 @@ METHODS = {"MTP": (1, 2, 3, 4), "leap": (1, 3, 5, 7), "all": (1, 2, 3, 4, 5, 6, 
 KINDS = ("independent", "sequential")
 NODES = 14       # of a tree
 NEW = CONTEXT - PROMPT  # tokens of a window that are written
-TEMPERATURES = (0.0, 0.5, 1.0)
 
 
 # ---- 6: leap against MTP ---------------------------------------------------------------------
@@ -56,7 +55,7 @@ def written_text(model, text, n_prompts):
     chosen[::max(1, len(text.windows) // n_prompts)] = 1
     prompts = text.windows[chosen > 0, :PROMPT].tolist()
     found = {"prompts": text.by_file(chosen)}
-    for method, temperature in itertools.product(METHODS, TEMPERATURES):
+    for method, temperature in itertools.product(METHODS, (0.0, 0.5, 1.0)):
         decoder = Decoder(model, METHODS[method], len(prompts), temperature=temperature)
         g = decoder.generate(prompts, NEW)
         steps = torch.zeros(len(chosen))  # a step ends with a bonus token, or with the text
@@ -132,14 +131,9 @@ def formula(g, method):
     return expected({o: np.exp(-g * (o - 1)) for o in range(2, 8)}, METHODS[method])
 
 
-GRID = np.linspace(0.01, 1.0, 991)
-BREAK_EVEN = GRID[formula(GRID, "leap") > formula(GRID, "MTP")].max()  # of the formula
-
-
-def attenuation(accuracies):
-    """Accuracies (6, ...) of offsets 2..7 -> the g that gives their mean"""
-    means = np.exp(-GRID[:, None] * np.arange(1, 7)).mean(1)
-    return np.interp(-np.mean(accuracies, axis=0), -means, GRID)
+GRID = np.linspace(0.01, 1.0, 991)  # attenuations, and the mean accuracy of offsets 2..7
+ACCURACY = np.exp(-GRID[:, None] * np.arange(1, 7)).mean(1)
+BREAK_EVEN = GRID[formula(GRID, "leap") > formula(GRID, "MTP")].max()
 
 
 def by_file(results):
@@ -151,7 +145,8 @@ def by_file(results):
 
         def mean(measure):
             return results.sums("leap", f"{corpus}, sequential", measure)[some] / counts[some]
-        g = attenuation([mean(f"offset {o}") for o in range(2, 8)])
+        accuracy = np.mean([mean(f"offset {o}") for o in range(2, 8)], axis=0)
+        g = np.interp(-accuracy, -ACCURACY, GRID)
         gain = NEW / mean("leap, chain") - NEW / mean("MTP, chain")
         found[corpus] = g, gain, (results.weights[corpus] * counts)[..., some]
     return found

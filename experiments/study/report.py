@@ -5,11 +5,10 @@
 
 The page is written by hand around the table. A number in its prose is followed by a comment, which
 a browser does not show, that names it as claims.py does: 54%<!--frozen/base/marginal-->; or one end
-of its 95% interval: <!--low: frozen/base/marginal-->.
+of its 95% interval: <!--low: frozen/base/marginal-->. tests/test_study.py finds wrong ones.
 """
 import itertools
 import json
-import re
 import sys
 from pathlib import Path
 
@@ -47,18 +46,6 @@ def table(results):
         effect, low, high = [f"{found[key]:+.{digits}f}" for key in ("effect", "low", "high")]
         lines.append(f"| {i} | {claim} | **{found['verdict']}** | {effect} [{low}, {high}] {of} |")
     return "\n".join(lines) + "\n"
-
-
-def wrong_numbers(page, results):
-    """The marked numbers of a page that differ from the results: a list of (text, key, value)"""
-    found = []
-    for text, key in re.findall(r"([-+]?\d+(?:\.\d+)?)%?<!--(.+?)-->", page):
-        end, _, effect = key.rpartition(": ")
-        value = estimate(results, effect)[end or "effect"]
-        decimals = len(text.partition(".")[2])
-        if f"{value:.{decimals}f}" != text.lstrip("+"):
-            found.append((text, key, value))
-    return found
 
 
 # ---- Figures ---------------------------------------------------------------------------------
@@ -222,8 +209,6 @@ def main(argv=None):
             after = page.split(END)[1]
             PAGE.write_text(before + BEGIN + lines + END + after)
             draw_all(results)
-            for text, key, value in wrong_numbers(page, results):
-                print(f"docs/findings.md says {text}, {key} is {value:.4f}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -59,14 +59,14 @@ class Study:
     def run(self, name, seed, init=None, data="python", recipe=train.recipe, **options):
         """A run of train.py, from scratch or from the run `init`. -> its folder"""
         out = self.folder / re.sub("[ ,]+", "-", f"{name}-{seed}")
-        args = train.make_parser().parse_args([])  # train.py's defaults
-        vars(args).update(lr=1e-2, offsets="1", dtype="float32", device="cpu", progress=False,
-                          data=str(ROOT / "data" / data), out=str(out), seed=seed)
         if init is None:
-            vars(args).update(steps=self.size.steps, block_size=CONTEXT, **self.size.shape)
+            usual = dict(steps=self.size.steps, block_size=CONTEXT, **self.size.shape)
         else:
-            vars(args).update(steps=self.size.head_steps, init=str(init))
-        vars(args).update(options)
+            usual = dict(steps=self.size.head_steps, init=str(init))
+        usual |= dict(lr=1e-2, offsets="1", dtype="float32", device="cpu", progress=False,
+                      data=str(ROOT / "data" / data), out=str(out), seed=seed)
+        args = train.make_parser().parse_args([])  # train.py's defaults
+        vars(args).update(usual | options)
         args.warmup = args.steps // 10
         args.eval_every = args.steps
         train.check_args(args)
@@ -77,12 +77,12 @@ class Study:
                 if state["step"] == args.steps:
                     return out
                 begun = model, state | dict(changed={})
-        usual = train.recipe
+        before = train.recipe
         train.recipe = recipe
         try:
             train.train(args, *begun)
         finally:
-            train.recipe = usual
+            train.recipe = before
         return out
 
     def base(self, seed, data="python"):
@@ -106,14 +106,10 @@ class Study:
         save_checkpoint(out / "checkpoint.pt", MultiTokenGPT(gpt, model.heads_config), **state)
         return out
 
-    def text(self, corpus):
-        """The held-out text of a corpus, a folder. -> Text"""
-        return held_out(str(corpus), self.size.windows)
-
     def measure(self, run, measures):
         """What measures, functions of a model and a text, find of a run. -> {name: sums by file}"""
         model, state = load_checkpoint(run)
-        text = self.text(state["args"]["data"])
+        text = held_out(state["args"]["data"], self.size.windows)
         found = {}
         for measure in measures:
             found |= measure(model, text)

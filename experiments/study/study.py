@@ -15,7 +15,6 @@ import sys
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
@@ -26,7 +25,7 @@ from common import (Parser, atomic_write, check_output, environment, one_line_er
                     progress_bar)
 from data.prepare import prepare
 from experiments.study import paper_a, paper_b
-from experiments.study.runs import CORPORA, ROOT, SELECT, SIZES, Study
+from experiments.study.runs import CORPORA, ROOT, SELECT, SIZES, Study, held_out
 
 PARTS = {"leap": paper_b.leap, "frozen": paper_a.frozen, "joint": paper_a.joint,
          "knows": paper_a.knows, "stages": paper_b.stages, "scratch": paper_a.scratch}
@@ -42,19 +41,15 @@ def measure(study, part, seed):
     return study.keep(f"{part}-{seed}", find, *[run for run, _ in rows.values()])
 
 
-def enter():
-    """Prepare a worker: one thread, and it ends when the first process does."""
+def enter(folder):
+    """Prepare a worker: it prints to a log, computes with one thread, and ends when the first
+    process does."""
     def end_with_the_first():
         multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
         os._exit(1)
     threading.Thread(target=end_with_the_first, daemon=True).start()
+    sys.stdout = sys.stderr = open(folder / "log.txt", "a", buffering=1)
     torch.set_num_threads(1)
-
-
-def work(study, job, arguments):
-    """Do a job in a worker; what it prints goes to a log."""
-    with open(study.folder / "log.txt", "a") as log, redirect_stdout(log), redirect_stderr(log):
-        return job(study, *arguments)
 
 
 def do_all(study, jobs, parts):
@@ -64,12 +59,13 @@ def do_all(study, jobs, parts):
               paper_a.chosen: list(itertools.product(paper_a.HEADS, ("joint", "frozen"))),
               measure: parts,
               paper_b.time_steps: [()]}
-    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), enter)
+    spawn = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(jobs, spawn, enter, (study.folder,))
     total = sum(map(len, stages.values()))
     with progress_bar(total=total, desc="study", unit="job") as bar, pool:
         try:
             for job, todo in stages.items():
-                futures = [pool.submit(work, study, job, arguments) for arguments in todo]
+                futures = [pool.submit(job, study, *arguments) for arguments in todo]
                 for future in as_completed(futures):
                     future.result()
                     bar.update()
@@ -106,14 +102,14 @@ def main(argv=None):
         check_output(out)
         study = Study(SIZES[args.size], args.folder or ROOT / "runs" / f"study-{args.size}")
         study.folder.mkdir(parents=True, exist_ok=True)
-        for corpus in CORPORA:
-            prepare(corpus)
+        folders = [prepare(corpus) for corpus in CORPORA]
         parts = [("frozen", SELECT), *itertools.product(PARTS, study.size.seeds)]
         do_all(study, args.jobs, parts)
-        texts = {corpus: study.text(ROOT / "data" / corpus) for corpus in CORPORA}
+        texts = [held_out(str(folder), study.size.windows) for folder in folders]
+        counts = [text.files.bincount().tolist() for text in texts]
         results = dict(
             environment=environment(torch.device("cpu")),
-            counts={corpus: text.files.bincount().tolist() for corpus, text in texts.items()},
+            counts=dict(zip(CORPORA, counts)),
             minutes=(time.time() - begin) / 60,
             seeds=study.size.seeds,
             step_ms=study.read("step_ms"),
