@@ -222,7 +222,8 @@ def test_every_number_of_the_page_is_that_of_the_results():
 
 def test_a_wrong_or_unexplained_number_is_found():
     results = results_of(0.05)
-    right, wrong = [f"{number(results, 'part/a/x') + more:.1f}%<!--part/a/x-->" for more in (0, 0.2)]
+    value = number(results, "part/a/x")
+    right, wrong = [f"{v:.1f}%<!--part/a/x-->" for v in (value, value + 0.2)]
     assert wrong_numbers(f"It is {right}.", results) == []
     assert len(wrong_numbers(f"It is {wrong}.", results)) == 1
     page = f"It is 12.5% or {right}. {report.BEGIN} 3.4 {report.END} See arXiv 2505.17505."

@@ -68,12 +68,12 @@ def written_text(model, text, n_prompts):
 def leap(study, seed):
     """Heads for offsets 1..7 on the frozen next-token model of every corpus."""
     rate = chosen(study, "residual", "frozen")
+    written = partial(written_text, n_prompts=study.size.prompts)
     rows = {}
     for data, kind in itertools.product(CORPORA, KINDS):
         run = study.run(f"heads7-{data}-{kind}", seed, study.base(seed, data), data, lr=rate,
                         offsets="1,2,3,4,5,6,7", sequential=kind == "sequential", backbone_lr=0)
-        rows[f"{data}, {kind}"] = (run, [drafts, partial(written_text,
-                                                         n_prompts=study.size.prompts)])
+        rows[f"{data}, {kind}"] = (run, [drafts, written])
     return rows
 
 

@@ -66,6 +66,7 @@ class Study:
         usual |= dict(lr=1e-2, offsets="1", dtype="float32", device="cpu", progress=False,
                       data=str(ROOT / "data" / data), out=str(out), seed=seed)
         args = train.make_parser().parse_args([])  # train.py's defaults
+        assert options.keys() <= vars(args).keys(), options
         vars(args).update(usual | options)
         args.warmup = args.steps // 10
         args.eval_every = args.steps
@@ -140,9 +141,7 @@ class Text:
 
     def by_file(self, values):
         """One number per window (W,) -> their sums by file, a list"""
-        sums = torch.zeros(int(self.files.max()) + 1, dtype=torch.double)
-        sums.index_add_(0, self.files, values.double())
-        return [round(x, 4) for x in sums.tolist()]
+        return [round(x, 4) for x in self.files.bincount(values.double()).tolist()]
 
 
 @functools.cache

@@ -53,7 +53,7 @@ def enter(folder):
 
 
 def do_all(study, jobs, parts):
-    """Do all jobs; parts are pairs of a part and a seed."""
+    """Do all jobs, stage by stage; parts are pairs of a part and a seed."""
     seeds = study.size.seeds
     stages = {Study.base: [(SELECT,), *itertools.product(seeds, CORPORA)],
               paper_a.chosen: list(itertools.product(paper_a.HEADS, ("joint", "frozen"))),
@@ -71,8 +71,10 @@ def do_all(study, jobs, parts):
                     bar.update()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
-            for child in multiprocessing.active_children():
-                child.terminate()  # train.py saves before it ends
+            while children := multiprocessing.active_children():
+                for child in children:
+                    child.terminate()  # train.py saves first, and another job may have begun
+                time.sleep(0.1)
             raise
 
 

@@ -49,12 +49,10 @@ def estimate(results, effect):
 def holm(p_values):
     """p-values adjusted for being a family (Holm 1979): the smallest of m counts m times, the next
     m - 1 times, and none is smaller than the one before."""
-    adjusted = [0.0] * len(p_values)
-    highest = 0.0
-    for rank, i in enumerate(np.argsort(p_values, kind="stable")):
-        highest = max(highest, min(1.0, p_values[i] * (len(p_values) - rank)))
-        adjusted[i] = highest
-    return adjusted
+    times = np.arange(len(p_values), 0, -1)
+    adjusted = np.empty(len(p_values))
+    adjusted[np.argsort(p_values)] = np.maximum.accumulate(np.sort(p_values) * times)
+    return adjusted.clip(max=1)
 
 
 def judge(results, effects):
