@@ -41,10 +41,11 @@ def table(results):
     lines = ["| | claim | verdict | effect [95% interval] |", "|---|---|---|---|"]
     verdicts = judge(results, CLAIMS.values())
     for i, (claim, found) in enumerate(zip(CLAIMS, verdicts), 1):
-        of = unit(CLAIMS[claim])
-        digits = {"points": 1, "nats": 3}.get(of, 2)
+        counted = unit(CLAIMS[claim])
+        digits = {"points": 1, "nats": 3}.get(counted, 2)
         effect, low, high = [f"{found[key]:+.{digits}f}" for key in ("effect", "low", "high")]
-        lines.append(f"| {i} | {claim} | **{found['verdict']}** | {effect} [{low}, {high}] {of} |")
+        lines.append(f"| {i} | {claim} | **{found['verdict']}** "
+                     f"| {effect} [{low}, {high}] {counted} |")
     return "\n".join(lines) + "\n"
 
 
