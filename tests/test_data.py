@@ -1,5 +1,4 @@
 """What a token, a document, a split and a batch are. The texts are small, the files are real."""
-import hashlib
 import json
 import re
 from pathlib import Path
@@ -31,14 +30,10 @@ def documents(tokens):
 # ---- A token ---------------------------------------------------------------------------------
 
 def test_a_token_is_a_byte_and_the_257th_ends_a_text():
-    text = "naïve 日本 🙂\r\n\t\0"
+    text = "naïve 日本 🙂\r\n\t\0<|endoftext|>"  # here the last are 13 bytes
     assert prepare.encode(BYTES, text).tolist() == BYTES.encode_ordinary(text) == [*text.encode()]
     assert BYTES.decode([*text.encode(), END]) == text + "<|endoftext|>"
     assert (BYTES.n_vocab, BYTES.eot_token) == (257, END)
-
-
-def test_end_of_text_written_out_in_a_text_is_ordinary_text():
-    assert END not in prepare.encode(BYTES, "<|endoftext|>")
 
 
 def test_gpt2_tokens_do_not_depend_on_the_pieces_in_which_a_text_is_encoded(monkeypatch):
@@ -46,7 +41,7 @@ def test_gpt2_tokens_do_not_depend_on_the_pieces_in_which_a_text_is_encoded(monk
         gpt2 = prepare.get_tokenizer("gpt2")
     except prepare.InputError:
         pytest.skip("the files of the gpt2 tokenizer are not here")
-    text = "word  \n\n  word\n\tword {} \r\n \nit's 12 x\u3000\u00a0y\x1c z\n" * 50
+    text = "word <|endoftext|> \n\n  word\n\tword {} \r\n \nit's 12 x\u3000\u00a0y\x1c z\n" * 50
     for length in (20, 30, 40):  # many cuts, in all kinds of places
         monkeypatch.setattr(prepare, "PIECE", re.compile(PIECE.replace("100000", str(length))))
         assert len(prepare.PIECE.findall(text)) > 50
@@ -118,27 +113,6 @@ def test_the_seed_chooses_the_validation_files_and_a_new_file_moves_few_others()
 
 
 # ---- The folder ------------------------------------------------------------------------------
-
-def test_meta_json_says_what_the_corpus_is(tmp_path):
-    meta = make(tmp_path, "é" * 10, val_fraction=0.2).meta
-    assert meta == dict(source=str(tmp_path / "text.txt"), tokenizer="bytes", seed=0,
-                        val_fraction=0.2, vocab_size=257, train_tokens=17, val_tokens=5)
-
-
-def test_a_document_may_be_token_ids_that_are_not_text(tmp_path):
-    ids = np.array([0xFF, 0x00, 0xE9], dtype="<u2")
-    prepare.write_corpus(tmp_path / "own", dict(train=[ids, ids], val=["no"]), BYTES, {})
-    corpus = Corpus(tmp_path / "own")
-    assert corpus.train.tolist() == [*ids, END, *ids, END]
-    assert (tmp_path / "own" / "val.bin").read_bytes() == b"n\0o\0\0\1"  # little endian
-
-
-def test_the_fingerprint_is_the_hash_of_the_training_tokens_wherever_the_folder_is(tmp_path):
-    before = make(tmp_path).fingerprint()
-    moved = Corpus((tmp_path / "corpus").rename(tmp_path / "moved"))
-    content = (moved.folder / "train.bin").read_bytes()
-    assert moved.fingerprint() == before == hashlib.sha256(content).hexdigest()
-
 
 def test_a_corpus_of_the_project_can_be_named_and_its_folder_is_absolute(tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()

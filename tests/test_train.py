@@ -13,9 +13,9 @@ import torch.nn.functional as F
 
 import train
 from common import load_checkpoint, save_checkpoint
-from conftest import QUICK, ROOT, TINY, command, process, tiny_gpt, tiny_model
+from conftest import QUICK, ROOT, TINY, command, tiny_gpt, tiny_model
 from data.loader import Corpus
-from heads import HeadsConfig, joint_loss
+from heads import joint_loss
 from test_model import save_gpt2
 
 
@@ -151,16 +151,6 @@ def test_muon_makes_the_updates_of_pytorchs_in_float32(shape, monkeypatch):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(12, 30), (30, 12)])
-def test_an_orthogonalized_matrix_keeps_its_directions_and_loses_its_lengths(shape):
-    torch.manual_seed(0)
-    matrices = torch.randn(3, *shape)
-    u, _, v = torch.linalg.svd(matrices[1], full_matrices=False)
-    x = u.T @ train.orthogonalize(matrices)[1].float() @ v.T  # about the identity
-    assert ((0.6 < x.diag()) & (x.diag() < 1.25)).all()
-    assert (x - x.diag().diag()).abs().max() < 0.1
-
-
 def moved_by(model, args, steps):
     """Train `steps`. -> {name: what the weights have changed by}, without those that stayed"""
     torch.manual_seed(0)
@@ -181,7 +171,8 @@ def parts(moved):
 def test_a_frozen_backbone_keeps_every_bit_while_the_heads_learn(optimizer, kind, sequential):
     model = small_model((1, 3), kind, sequential=sequential)
     args = settings("--backbone-lr", 0, "--optimizer", optimizer)
-    assert parts(moved_by(model, args, range(3))) == {"heads"}
+    weights_of_heads = {f"heads.{name}" for name, _ in model.heads.named_parameters()}
+    assert set(moved_by(model, args, range(3))) == weights_of_heads
     assert all(p.grad is None for p in model.gpt.parameters())  # not even computed
 
 
@@ -202,16 +193,6 @@ def test_differential_learning_rates_scale_the_backbones_updates_only(optimizer)
         torch.testing.assert_close(quarter[key], change, rtol=1e-2, atol=1e-6, msg=key)
 
 
-def test_sequential_heads_with_weighted_hidden_states_learn_in_the_same_loop(corpus, tmp_path):
-    run("--data", corpus, "--out", tmp_path, "--offsets", "1,3", "--whs", "--sequential",
-        "--steps", 40, *TINY)
-    model, _ = load_checkpoint(tmp_path)
-    assert model.heads_config == HeadsConfig((1, 3), whs=True, sequential=True)
-    losses = records(tmp_path, "loss")
-    assert losses[-1]["loss"]["3"] < losses[0]["loss"]["3"]
-    assert model.heads["3"].mix.softmax(0)[1] != 0.5  # as it was at first
-
-
 def test_a_log_shows_progress_by_the_clock_and_not_at_every_validation(corpus, tmp_path):
     options = ["--data", corpus, "--out", tmp_path, "--steps", 6, "--eval-every", 2, *TINY]
     options.remove("--no-progress")
@@ -222,14 +203,6 @@ def test_a_log_shows_progress_by_the_clock_and_not_at_every_validation(corpus, t
 
 
 # ---- Heads on a model that exists ------------------------------------------------------------
-
-def test_a_run_can_add_heads_to_the_frozen_backbone_of_another(run_folder, corpus, tmp_path):
-    run("--data", corpus, "--out", tmp_path, "--init", run_folder, "--offsets", "1,2,6",
-        "--backbone-lr", 0, "--steps", 4, *QUICK)
-    assert same_weights(load_checkpoint(run_folder)[0].gpt, load_checkpoint(tmp_path)[0].gpt)
-    start, end = (record["val_loss"] for record in records(tmp_path, "val_loss"))
-    assert end["6"] < start["6"]
-
 
 @pytest.mark.parametrize("options, kept", [
     ("--whs", {2}), ("", set()), ("--whs --head-kind block", set()),
@@ -339,14 +312,6 @@ def test_a_checkpoint_brings_back_the_same_model(tmp_path):
     assert again.heads_config == model.heads_config and again.gpt.config == model.gpt.config
     assert same_weights(again, model) and not again.training
     assert again.gpt.lm_head.weight is again.gpt.transformer.wte.weight  # still tied
-
-
-def test_train_py_runs_as_a_script(corpus, tmp_path):
-    result = process("train.py", "--data", corpus, "--out", tmp_path, "--offsets", 1,
-                     "--steps", 2, *TINY)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.endswith(f"done: python decode.py {tmp_path}\n")
-    assert load_checkpoint(tmp_path)[0].offsets == (1,)  # plain next-token training
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ import random
 import pytest
 import torch
 from conftest import assert_one_line_error, command, tiny_model
-from test_decode import FEW, PROMPTS, decoder_of, needs_compiler, plain_text
+from test_decode import FEW, PROMPTS, needs_compiler, plain_text
 
 from data.prepare import InputError
 from experiments.trees import Node, TreeDecoder, draft_ranks, grow, simulate, tree_tables
@@ -64,14 +64,6 @@ def test_a_random_tree_emits_the_text_of_plain_decoding(seed, kind, options):
 def test_a_compiled_tree_emits_the_same_text(kind):
     decoder = TreeDecoder(tiny_model(**kind), random_tree(1), compile=True, batch_size=2)
     assert decoder.generate(PROMPTS, 30).tokens == plain_text(0.0)
-
-
-@pytest.mark.parametrize("sequential", [False, True])
-def test_a_tree_without_branches_is_a_chain(sequential):
-    model = tiny_model(sequential=sequential)
-    g = TreeDecoder(model, CHAIN).generate(PROMPTS, 40)
-    chain = decoder_of(model, "1,3,5,7").generate(PROMPTS, 40)
-    assert (g.tokens, g.distances) == (chain.tokens, chain.distances)
 
 
 @pytest.mark.parametrize("sequential", [False, True])
