@@ -30,7 +30,7 @@ def documents(tokens):
 # ---- A token ---------------------------------------------------------------------------------
 
 def test_a_token_is_a_byte_and_the_257th_ends_a_text():
-    text = "naïve 日本 🙂\r\n\t\0<|endoftext|>"  # here the last are 13 bytes
+    text = "naïve 日本 🙂\r\n\t\0<|endoftext|>"  # the last are 13 bytes
     assert prepare.encode(BYTES, text).tolist() == BYTES.encode_ordinary(text) == [*text.encode()]
     assert BYTES.decode([*text.encode(), END]) == text + "<|endoftext|>"
     assert (BYTES.n_vocab, BYTES.eot_token) == (257, END)

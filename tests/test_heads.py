@@ -124,7 +124,7 @@ def test_head_by_head_backward_gives_the_losses_and_gradients_of_the_plain_weigh
     model = tiny_model(kind=kind, whs=whs, sequential=sequential).double()
     idx = torch.randint(0, 31, (2, 24))
     weights = {2: 0.3, 5: 2.0}
-    losses = joint_loss(model, idx)  # without gradients
+    losses = joint_loss(model, idx, weights)  # without gradients
     joint_loss(model, idx, weights, backward=True)
     head_by_head = {name: p.grad for name, p in model.named_parameters()}
     model.zero_grad()
