@@ -371,8 +371,9 @@ def compile_step(decoder):
     """decoder.step as one compiled program without arguments, on CUDA as one graph.
 
     On a CPU, weights are frozen into the program where that pays, in 16 bits and when they are
-    large: oneDNN's kernels read such packed weights at the speed of the memory. With autotune, the
-    fastest kernel of each product is used, oneDNN's or Inductor's own (docs/performance.md)."""
+    large: kernels read such packed weights at the speed of the memory, in float32 Inductor's own in
+    blocks of up to four tokens, else oneDNN's. With autotune, each product's fastest kernel is
+    found by trying (docs/performance.md)."""
     # torch.compile keeps programs with a function's code object, searches them at each call and
     # gives up after eight. A copy of the code has one program, which needs no guards.
     step = type(decoder).step
@@ -382,17 +383,20 @@ def compile_step(decoder):
 
     cuda = decoder.device.type == "cuda"
     weight = decoder.model.gpt.lm_head.weight
+    full = weight.dtype == torch.float32
     large = weight.shape[1] >= 384
+    own = large and full and decoder.batch_size * decoder.rows <= 4  # Inductor's kernels
     matmul = torch.backends.mkldnn.matmul
     precision = matmul.fp32_precision
     settings = dict(
         cpp_wrapper=True,  # C++ calls the kernels, not Python
-        freezing=large or weight.dtype != torch.float32 or decoder.autotune,
-        max_autotune=decoder.autotune,
+        freezing=large or not full or decoder.autotune,
+        max_autotune=own or decoder.autotune,
+        max_autotune_gemm_backends="CPP" if own else "ATEN,CPP",
         autotune_num_choices_displayed=0)  # it prints less
     if cuda:
         settings = dict(realize_reads_threshold=1)  # the mask once, not anew in each layer
-    elif large and not decoder.autotune:
+    elif large:
         matmul.fp32_precision = "tf32"  # else Inductor takes MKL, which is slow on AMD's CPUs
     try:
         with torch._inductor.config.patch(settings), torch.no_grad():
@@ -449,7 +453,7 @@ def compare(decoders, prompts, new_tokens, rounds=5):
     runs = {method: [] for method in decoders}
     for method, decoder in progress_bar(decoders.items(), desc="prepare"):
         decoder.generate(prompts[:1], 1)  # first uses are slow
-        if decoder.rows > 1 and decoder.model.gpt.lm_head.weight.dtype != torch.float32:
+        if decoder.rows > 1 and decoder.z.dtype != torch.float32:
             ntp = replace(decoder, offsets=(1,), lookup=0)
             expected[method] = ntp.generate(prompts, new_tokens).tokens
     for method in progress_bar([*decoders] * rounds, desc="measure"):
@@ -505,7 +509,7 @@ def report(model, state, options, args):
         decoders = {}
         for method, sources in progress_bar(draftings.items(), desc="make decoders"):
             decoders[method] = Decoder(model, **options, **sources)
-        records = compare(decoders, prompts, n, args.rounds)
+        records = compare(decoders, prompts, n)
         title = f"sampled text, temperature {temperature:g}" if temperature else "greedy text"
         print(f"\n{title}")
         print_table(records)
@@ -590,7 +594,6 @@ def main(argv=None):
     p.option("data", None, "corpus of the held-out prompts; default: the one trained on")
     p.option("prompts", 32, "how many", least=1)
     p.option("batch-size", 1, "prompts decoded at once", least=1)
-    p.option("rounds", 5, "timed repetitions; medians are shown", least=1)
     p.option("eager", False, "do not torch.compile the step")
     p.option("out", None, "also write the comparison as JSON", metavar="FILE")
     args = p.parse_args(argv)
@@ -606,7 +609,7 @@ def main(argv=None):
             seed=args.seed)
         if args.prompt is None:
             return report(model, state, options, args)
-        for name in ("data", "prompts", "batch_size", "rounds", "eager", "out"):
+        for name in ("data", "prompts", "batch_size", "eager", "out"):
             require(getattr(args, name) == p.get_default(name),
                     f"--{name.replace('_', '-')} does not go with --prompt")
         require(len(args.methods or [0]) == 1, "--prompt takes one of --methods")

@@ -410,7 +410,7 @@ def test_on_a_gpu_every_method_emits_the_text_of_plain_decoding(kind, compile):
 # The command line
 def test_the_command_compares_methods_on_greedy_sampled_and_real_text(run_folder, tmp_path):
     result = command("decode.py", run_folder, "--eager", "--device", "cpu", "--prompts", 2,
-                     "--new-tokens", 12, "--rounds", 1, "--out", tmp_path / "table.json")
+                     "--new-tokens", 12, "--out", tmp_path / "table.json")
     assert result.returncode == 0, result.stderr
     results = json.loads((tmp_path / "table.json").read_text())
     methods = [NTP, "lookup", "1,2", MTP, LEAP, "1,2,3,4,5,7"]  # all that the offsets allow

@@ -282,8 +282,7 @@ def test_too_little_text_to_measure_raises_an_error(options, message, corpus):
         ("--out no/such/x.json", "no/such"), ("--nonsense", "--nonsense"), ("--prompt=", "empty"),
         ("--prompt " + 32 * "x", "32 prompt tokens")]),
     *(("decode.py", f"--prompt x --{option}", f"--{option.split()[0]} does not go with --prompt")
-      for option in ("data x", "prompts 2", "batch-size 2", "rounds 2", "eager",
-                     "out x.json")),
+      for option in ("data x", "prompts 2", "batch-size 2", "eager", "out x.json")),
     *(("marginalize.py", options, words) for options, words in [
         ("--horizon 0", "horizon"), ("--horizon 17", "horizon"), ("--branches 0", "branches"),
         ("--windows 0", "--windows"), ("--windows 1", "--windows"), ("--positions 0", "position"),
@@ -346,7 +345,7 @@ def test_ctrl_c_while_a_package_is_imported_is_one_line(script, package, tmp_pat
 def test_without_a_compiler_decoders_are_compared_eagerly(run_folder, tmp_path, monkeypatch):
     for name, value in dict(CC="false", CXX="false", TORCHINDUCTOR_CACHE_DIR=tmp_path).items():
         monkeypatch.setenv(name, str(value))
-    result = process("decode.py", run_folder, "--prompts", 1, "--new-tokens", 4, "--rounds", 1)
+    result = process("decode.py", run_folder, "--prompts", 1, "--new-tokens", 4)
     assert result.returncode == 0 and "cpu, eager" in result.stdout, result.stderr
 
 
