@@ -9,14 +9,14 @@ import sys
 import pytest
 import torch
 
-from common import load_checkpoint, load_model, save_checkpoint, tokenizer_name
+from common import load_checkpoint, save_checkpoint, tokenizer_name
 from conftest import ROOT, TINY, assert_one_line_error, command, process, tiny_gpt, tiny_model
 from data import prepare
 from data.loader import Corpus
 from data.prepare import InputError
 from decode import Decoder, drafting
 from heads import HeadsConfig, parse_offsets
-from marginalize import evaluation_positions, look_ahead
+from marginalize import look_ahead
 from model import GPT
 from test_model import save_gpt2
 from test_train import records
@@ -216,10 +216,9 @@ def test_a_disk_that_is_full_leaves_the_previous_checkpoint(tmp_path):
     ("--n-embd 31", "n_head"), ("--n-embd 1000000000 --n-head 1", "memory"),
     ("--block-size 90000", "90001"), ("--device tpu", "not available"), ("--steps 0", "--steps"),
     ("--lr nan", "--lr"), ("--init no/such", "--init has its own"),
-    ("--out README.md", "README.md"),
-    ("--out=", "--out must name a folder"),
-    ("--dropout 1", "dropout"),
-    ("--backbone-lr 0", "untrained"), ("--backbone-lr 0 --offsets 1", "heads must train"),
+    ("--out README.md", "README.md"), ("--out=", "--out must name a folder"),
+    ("--dropout 1", "dropout"), ("--backbone-lr 0", "untrained"),
+    ("--backbone-lr 0 --offsets 1", "heads must train"),
     ("--head-warmup 5 --offsets 1", "heads must train"),
     ("--head-warmup 5 --head-weight 0", "heads must train --head-weight")])
 def test_bad_options_are_one_line(options, words, corpus, tmp_path):
@@ -261,16 +260,6 @@ def test_what_would_be_another_run_is_not_resumed(run_folder, corpus, tmp_path):
 def test_a_prompt_that_cannot_be_continued_raises_an_error(prompts, new_tokens, message):
     with pytest.raises(InputError, match=message):
         Decoder(tiny_model()).generate(prompts, new_tokens)
-
-
-@pytest.mark.parametrize("options, message", [
-    (dict(horizon=17), "horizon of 1 to 16"), (dict(horizon=0), "horizon"),
-    (dict(n_positions=0), "position"), (dict(n_windows=1), "--windows"),
-    (dict(block_size=2000), "held-out tokens")])
-def test_too_little_text_to_measure_raises_an_error(options, message, corpus):
-    possible = dict(block_size=32, horizon=4, n_windows=9, n_positions=2)
-    with pytest.raises(InputError, match=message):
-        evaluation_positions(Corpus(corpus), **{**possible, **options})
 
 
 @pytest.mark.parametrize("script, options, words", [
@@ -361,8 +350,3 @@ def test_the_variables_of_a_launcher_change_nothing(corpus, tmp_path, monkeypatc
 def test_a_padded_vocabulary_is_still_that_of_its_tokenizer():
     assert tokenizer_name(tiny_model(vocab_size=50304), {}) == "gpt2"
     assert tokenizer_name(tiny_model(vocab_size=257), {}) == "bytes"
-
-
-def test_a_model_to_decode_leaves_the_optimizers_on_the_disk(run_folder):
-    assert "optimizers" in load_checkpoint(run_folder)[1]
-    assert "optimizers" not in load_model(run_folder)[1]
