@@ -8,9 +8,6 @@ The one idea is *offsets*. From the hidden state after x_1..x_t, offset o predic
 
 Offset 1 is always the GPT's own unembedding; each further offset gets a head. Adding heads to a
 frozen GPT therefore never changes its next-token prediction.
-
-From the top: offsets, draft sources and prompt lookup, the heads, the model that holds them, the
-joint loss, drafts on real text, the heads as a decoder runs them.
 """
 import math
 from dataclasses import dataclass
@@ -59,12 +56,11 @@ def draft_sources(offsets):
 
 
 def look_up(tokens, position, n_drafts, longest=3):
-    """Prompt lookup, drafts without heads: what followed the latest earlier occurrence of the
-    newest tokens of a text.
+    """Prompt lookup, drafts without heads: what followed a text's newest tokens the last time.
 
-    tokens (B, S) int64, of which those up to `position` (B,) are the text -> drafts (B, n_drafts).
-    A longer match, of up to `longest` tokens, is better than a later one. From a match that is
-    nearer than n_drafts, the text goes round in circles; without one, the newest token repeats."""
+    tokens (B, S) int64, a text up to `position` (B,) -> drafts (B, n_drafts). A longer match, of up
+    to `longest` tokens, is better than a later one. A match that is nearer than n_drafts goes round
+    in circles; without one, the newest token repeats."""
     S = tokens.shape[1]
     slot = torch.arange(S, device=tokens.device)
     root = position[:, None]
@@ -128,9 +124,8 @@ class TokenReader(nn.Module):
     """z + proj(silu(fc(z) + fc_e(norm(e)))): tells a head the token just before the one that it
     predicts, by its embedding e. Adds nothing at first.
 
-    Training knows that token. A decoder knows it too: for the first draft it is the bonus token,
-    for each further one the draft before it (compare Hydra, arXiv 2402.05109). What does not
-    depend on the token can be computed for all drafts at once; the rest is small."""
+    Training knows that token, and so does a decoder: it is the bonus token, or the draft before
+    (compare Hydra, arXiv 2402.05109). What it need not wait for, `prepare` does for all at once."""
 
     def __init__(self, gpt_config):
         super().__init__()
@@ -156,37 +151,29 @@ class TokenReader(nn.Module):
         return z + self.proj(F.silu(inner + embedded))
 
 
-def weighted_hidden_states(states, mix):
-    """What a head reads instead of the final hidden states (WHS, Mehra et al. 2025): the sum of
-    all layers' hidden states, weighted by softmax(mix). So it can use what later layers drop.
-
-    states (..., L, C): each layer's output after the final norm; mix (L,) -> (..., C)."""
-    return torch.einsum("...lc,l->...c", states, mix.softmax(0).to(states.dtype))
-
-
 class Head(nn.Module):
     """From the hidden states after x_1..x_t to those whose unembedding predicts x_{t+o}. At first
-    it adds nothing: an untrained head predicts the next token, with WHS from all layers."""
+    it adds nothing: an untrained head predicts the next token.
+
+    With weighted hidden states (WHS, Mehra et al. 2025) it reads, instead of the last layer's, the
+    sum of all layers' weighted by softmax(mix). So it can use what later layers drop."""
 
     def __init__(self, gpt_config, config):
         super().__init__()
-        self.mix = None
-        self.reader = None
-        if config.whs:
-            L = gpt_config.n_layer
-            start = torch.zeros(L)
-            start[-1] = math.log(max(1, L - 1))  # half of the weight for the last layer
-            self.mix = nn.Parameter(start)
+        L = gpt_config.n_layer
+        mix = torch.zeros(L)
+        mix[-1] = math.log(max(1, L - 1))  # half of the weight for the last layer
+        self.mix = nn.Parameter(mix) if config.whs else None
         self.blocks = nn.ModuleList([LAYERS[config.kind](gpt_config)
                                      for _ in range(config.n_layer)])
-        if config.sequential:
-            self.reader = TokenReader(gpt_config)
+        self.reader = TokenReader(gpt_config) if config.sequential else None
 
     def forward(self, h, cache=None, slots=None, mask=None):
-        """What the head computes from h alone: h (B, T, C), or with weighted hidden states
-        (B, T, L, C) -> z (B, T, C), or for a sequential head (B, T, 3C), from TokenReader.prepare.
-        The rest is as in model.Block."""
-        z = h if self.mix is None else weighted_hidden_states(h, self.mix)
+        """What the head computes from h alone: h (B, T, C), or with WHS (B, T, L, C), -> z (B, T,
+        C), or if sequential (B, T, 3C), from TokenReader.prepare. The rest is as in model.Block."""
+        z = h
+        if self.mix is not None:
+            z = torch.einsum("...lc,l->...c", h, self.mix.softmax(0).to(h.dtype))
         for i, block in enumerate(self.blocks):
             z = block(z, cache[i] if cache else None, slots, mask)
         return z if self.reader is None else self.reader.prepare(z)
@@ -206,8 +193,8 @@ class MultiTokenGPT(nn.Module):
                                     for o in self.offsets[1:]})
 
     def read(self, stream):
-        """What the heads read: GPT.residual_stream, n_layer + 1 tensors (B, T, C) -> (B, T, C), or
-        (B, T, n_layer, C) with weighted hidden states, of which the last layer's are the GPT's."""
+        """What the heads read, after the final norm: GPT.residual_stream, n_layer + 1 tensors
+        (B, T, C) -> the last layer's (B, T, C), or with WHS all layers' (B, T, n_layer, C)."""
         ln_f = self.gpt.transformer.ln_f
         if not self.heads_config.whs:
             return ln_f(stream[-1])
@@ -256,11 +243,10 @@ def joint_loss(model, idx, weights=None, backward=False):
     """The loss of every offset: idx (B, T + 1) int64 -> {offset: mean nats, a detached scalar}.
 
     weights {offset: float} (1 where absent); an offset with weight 0 is left out. backward=True
-    adds the gradients of sum_o weights[o] * loss_o to .grad wherever parameters require them. It
-    does so head by head (Gloeckle et al. 2024, section 2): a head's logits, by far the largest
-    tensors here, are made, used and freed before the next head's, so the peak holds one head's
-    however many there are. Each head leaves its gradient at the hidden states, and the trunk runs
-    backward once with their sum. The result is the gradient of the plain sum."""
+    adds the gradients of sum_o weights[o] * loss_o to .grad wherever parameters require them, head
+    by head (Gloeckle et al. 2024, section 2): however many there are, only one head's logits, by
+    far the largest tensors here, exist at a time. Each leaves its gradient at the hidden states,
+    and the trunk runs backward once with their sum."""
     hidden = model.hidden_states(idx[:, :-1])  # (B, T, C) or (B, T, n_layer, C)
     h = hidden.detach()  # the heads' gradients meet in h.grad
     h.requires_grad_(backward and hidden.requires_grad)
@@ -320,11 +306,9 @@ def step_begins(accepted, first):
 # ---- The heads as a decoder runs them: all on the same tokens --------------------------------
 
 class DraftHeads:
-    """The heads of some offsets, for decoding. What is run together is copied: the weights of heads
-    that do not attend, the rows of `vocab`, and the table of what sequential heads read of every
-    token.
-
-    vocab (K,) int64: the tokens that heads draft, all V or fewer."""
+    """The heads of some offsets, which draft the tokens vocab (K,) int64: all V, or fewer. What is
+    run together is copied: the weights of heads that do not attend, the unembedding's rows, and the
+    tables of what sequential heads read of every token."""
 
     def __init__(self, model, offsets, vocab):
         self.heads = [model.heads[str(o)] for o in offsets[1:]]

@@ -96,10 +96,9 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, cache=None, slots=None, mask=None):
-        """x (B, T, C) -> (B, T, C).
-
-        When decoding: the layer's cache (B*S, 2C), its rows b * S + slot (B*T,) that receive the
-        new keys and values, and a mask (B, 1, T, S) that says which slots each token sees."""
+        """x (B, T, C) -> (B, T, C). When decoding: the layer's cache (B*S, 2C), its rows (B*T,),
+        b * S + slot, that receive the new keys and values, and a mask (B, 1, T, S) that says which
+        slots each token sees."""
         x = x + self.attn(self.ln_1(x), cache, slots, mask)
         return x + self.mlp(self.ln_2(x))
 
@@ -144,8 +143,7 @@ class GPT(nn.Module):
         return stream
 
     def hidden_states(self, *args, **kwargs):
-        """The last layer's output after the final norm (B, T, C). Takes what residual_stream
-        takes."""
+        """The last layer's output after the final norm (B, T, C). Takes residual_stream's input."""
         return self.transformer.ln_f(self.residual_stream(*args, **kwargs)[-1])
 
     def forward(self, idx):
@@ -181,11 +179,9 @@ class GPT(nn.Module):
 # ---- The cache: keys and values of all layers ------------------------------------------------
 
 def empty_cache(config, n_layer, batch, slots, dtype, device):
-    """A list of n_layer tensors (batch * slots, 2C), with a row per slot: key, then value.
-
-    With three dimensions, torch.compile (2.11) would clone a tensor at every step instead of
-    writing its rows in place. Nothing is ever erased: each slot is written before a mask first
-    reveals it."""
+    """A list of n_layer tensors (batch * slots, 2C), with a row per slot: key, then value. Nothing
+    is ever erased: each slot is written before a mask first reveals it. (If they had three
+    dimensions, torch.compile (2.11) would clone them at every step, not write in place.)"""
     shape = (batch * slots, 2 * config.n_embd)
     return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(n_layer)]
 
