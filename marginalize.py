@@ -57,49 +57,45 @@ def look_ahead(gpt, idx, position, horizon, branches):
     require(horizon > 0 and branches > 0, "the horizon and the branches must be at least 1")
     require(max(T, int(position.max()) + horizon) <= config.block_size, f"{T} tokens and a horizon "
             f"of {horizon} do not fit into a context of {config.block_size}")
-    width = [min(branches, V ** depth) for depth in range(horizon)]  # 1, then up to `branches`
-    S = T + P * sum(width[1:])
+    width = [min(branches, V ** depth) for depth in range(1, horizon)]
+    S = T + P * sum(width)
     slot = torch.arange(S, device=idx.device)
+    text, *levels = slot.split([T, *(P * n for n in width)])  # where each is cached
     cache = empty_cache(config, config.n_layer, B, S, gpt.lm_head.weight.dtype, idx.device)
 
-    def forward(tokens, position, first, visible):
-        """Tokens (B, N) at `position` (B, N), cached from slot `first` on, each of which sees the
+    def forward(tokens, position, own, visible):
+        """Tokens (B, N) at `position` (B, N), cached in the slots own (N,), each of which sees the
         slots in visible (B, N, S) bool -> hidden states (B, N, C)"""
         row = S * torch.arange(B, device=idx.device)[:, None]
-        slots = (row + first + slot[:tokens.shape[1]]).flatten()
-        return gpt.hidden_states(tokens, position, cache, slots, visible[:, None])
+        return gpt.hidden_states(tokens, position, cache, (row + own).flatten(), visible[:, None])
 
-    text = slot[:T]
     causal = slot <= text[:, None]  # (T, S)
-    h = forward(idx, text.expand(B, T), 0, causal.expand(B, T, S))
+    h = forward(idx, text.expand(B, T), text, causal.expand(B, T, S))
     h = h.take_along_dim(position[..., None], 1)[:, :, None]  # (B, P, 1, C): the roots
     seen = (slot <= position[..., None])[:, :, None]  # (B, P, 1, S)
     weight = torch.ones_like(h[..., 0])  # (B, P, 1): a branch's probability
-    first = T
-    for depth in range(horizon):
+    for distance in range(1, horizon + 1):
         probs = gpt.lm_head(h).softmax(-1)  # (B, P, n, V)
         total = weight[:, :, None] @ probs  # (B, P, 1, V)
         yield total[:, :, 0], weight.sum(-1)
-        if depth + 1 == horizon:
+        if distance == horizon:
             return
-        n = width[depth + 1]
+        n = width[distance - 1]
         joint = (weight[..., None] * probs).flatten(2)  # (B, P, parents * V)
         weight, i = joint.topk(n)  # (B, P, n)
         token = i % V
         parent = i // V
-        own = (first + slot[:P * n]).view(P, n, 1)
+        own = levels[distance - 1].view(P, n, 1)
         seen = seen.take_along_dim(parent[..., None], 2)  # what its parent sees,
         seen = seen | (slot == own)  # and itself: (B, P, n, S)
-        at = (position + depth + 1).repeat_interleave(n, dim=1)
-        h = forward(token.flatten(1), at, first, seen.flatten(1, 2))
+        at = (position + distance).repeat_interleave(n, dim=1)
+        h = forward(token.flatten(1), at, own.flatten(), seen.flatten(1, 2))
         h = h.unflatten(1, (P, n))  # (B, P, n, C)
-        first += P * n
 
 
 def marginalize(gpt, idx, horizon, branches):
-    """p(x_{T+horizon} | x_1..x_T): idx (B, T) int64 -> probs (B, V) and captured mass (B,).
-
-    Exact if branches >= V^(horizon-1). Raises InputError as look_ahead does."""
+    """p(x_{T+horizon} | x_1..x_T): idx (B, T) int64 -> probs (B, V) and captured mass (B,). Exact
+    if branches >= V^(horizon-1). Raises InputError as look_ahead does."""
     last = torch.full_like(idx[:, :1], idx.shape[1] - 1)
     *_, (probs, mass) = look_ahead(gpt, idx, last, horizon, branches)
     return probs[:, 0], mass[:, 0]
@@ -111,8 +107,7 @@ def evaluation_positions(corpus, block_size, horizon, n_windows, n_positions):
     """Held-out windows (W, block_size + 1) without overlap, W <= n_windows, and positions (W, P)
     spread over the second half of the context. Raises InputError if there is too little text."""
     half = block_size // 2
-    require(n_positions > 0 and 0 < horizon <= half, f"a context of {block_size} takes a horizon "
-            f"of 1 to {half}, and at least one position")
+    require(horizon <= half, f"a context of {block_size} takes a horizon of 1 to {half}")
     n_windows = min(n_windows, len(corpus.val) // (block_size + 1))
     require(n_windows > 1, f"an interval needs two windows of {block_size + 1} tokens; raise "
             f"--windows, or give a corpus with more than {len(corpus.val)} held-out tokens")
@@ -167,8 +162,8 @@ def measure(model, windows, position, horizon, branches, progress=True):
             scores.setdefault((distance, name), []).append(of_window)
     records = []
     baseline = {}  # {distance: what the model or its marginalisation got right}
-    for distance, name in sorted(scores, key=lambda key: key[0]):  # own heads stay behind it
-        right, nats, mass = torch.cat(scores[distance, name], dim=1)  # (W, P) each
+    for (distance, name), found in sorted(scores.items()):  # by name, own heads come last
+        right, nats, mass = torch.cat(found, dim=1)  # (W, P) each
         baseline.setdefault(distance, right)
         records.append(dict(
             distance=distance,
@@ -184,14 +179,11 @@ def measure(model, windows, position, horizon, branches, progress=True):
 
 def print_table(records):
     """Print what `measure` returned."""
-    def percent(value):
-        return f"{100 * value[0]:8.1f} ±{100 * value[1]:4.1f}"
-    print(f"{'':5}{'predictor':16}{'top-1, %':>14}{'over marg.':>14}{'nats':>15}"
-          f"{'captured, %':>15}")
+    print("     predictor                 top-1      over marg.           nats        captured")
+    row = ("t+{distance:<3}{predictor:16}{top1[0]:9.1%} ±{top1[1]:5.1%}{top1_gain[0]:9.1%} "
+           "±{top1_gain[1]:5.1%}{nats[0]:9.3f} ±{nats[1]:.3f}{mass[0]:9.1%} ±{mass[1]:5.1%}")
     for r in records:
-        print(f"t+{r['distance']:<3}{r['predictor']:16}{percent(r['top1'])}"
-              f"{percent(r['top1_gain'])}{r['nats'][0]:9.3f} ±{r['nats'][1]:.3f}"
-              f"{percent(r['mass'])}")
+        print(row.format(**r))
 
 
 def main(argv=None):
