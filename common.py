@@ -1,7 +1,4 @@
-"""What every command line here needs: devices, one-line errors, progress, files, checkpoints.
-
-Nothing here is about multi-token prediction. Look up what you need.
-"""
+"""What every command line needs, to be looked up: devices, one-line errors, files, checkpoints."""
 import argparse
 import json
 import os
@@ -208,9 +205,8 @@ def load_checkpoint(path):
 
 
 def load_model(path):
-    """A run of train.py, or the weights of a GPT-2 (what GPT.from_pretrained takes). ->
-    (MultiTokenGPT on the CPU in eval mode, dict of a checkpoint's other state). Raises
-    InputError."""
+    """A run of train.py, or a GPT-2 (what GPT.from_pretrained takes) -> (MultiTokenGPT on the CPU
+    in eval mode, dict of a checkpoint's other state). Raises InputError."""
     path = Path(path)
     weights = path.suffix in (".safetensors", ".bin") or (path / "config.json").exists()
     if weights or str(path) in GPT2_HEADS and not path.exists():

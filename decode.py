@@ -14,9 +14,6 @@ The text cannot change, because every emitted token is the model's own target, g
 before it. At temperature T the target is argmax(logits + T * noise), and the Gumbel noise is a
 fixed function of (seed, row, position, token): an exact sample of softmax(logits / T), however
 many tokens are verified at once. NTP is the same code with a block of one.
-
-From the top: the idea, picking a token, the decoder, compiling its step, comparing methods,
-streaming one text, the command line.
 """
 import codecs
 import copy
@@ -141,11 +138,9 @@ class Generation:
 
 @dataclass(eq=False)
 class Decoder:
-    """Generates text from a MultiTokenGPT.
-
-    A decoder owns the memory of its texts, so it serves one thread. It uses the model's own
-    weights where it can: make a new one after more training. Raises InputError for offsets,
-    lengths and ways of sampling that cannot be."""
+    """Generates text from a MultiTokenGPT. A decoder owns the memory of its texts, so it serves one
+    thread. It uses the model's own weights where it can: make a new one after more training. Raises
+    InputError for offsets, lengths and ways of sampling that cannot be."""
     model: MultiTokenGPT
     offsets: tuple = None       # those of the model's that may draft; (1,) is NTP, None means all
     batch_size: int = 1         # texts written at once
@@ -163,7 +158,9 @@ class Decoder:
     # ones: cheaper where the vocabulary is large, and still the same text (arXiv 2502.14856)
 
     def __post_init__(self):
-        self.model = ready(self.model, self.dtype)
+        weight = self.model.gpt.lm_head.weight
+        if self.model.training or self.dtype not in (None, weight.dtype):
+            self.model = copy.deepcopy(self.model).eval().to(self.dtype or weight.dtype)
         config = self.model.gpt.config
         offsets = (1,) if self.lookup else self.offsets or self.model.offsets
         self.offsets = parse_offsets(offsets, self.model.offsets)
@@ -284,16 +281,13 @@ class Decoder:
         return self.z[self.row, newest - look_back, heads]
 
     def pick(self, logits, position, vocab):
-        """The tokens for `position` (B, n): logits (B, n, K) of the tokens in vocab (K,) ->
-        (B, n) int64"""
+        """logits (B, n, K) of the tokens in vocab (K,), for `position` (B, n) -> tokens (B, n)"""
         return vocab[self.scores(logits, position, vocab).argmax(-1)]
 
     def scores(self, logits, position, vocab):
-        """What `pick` takes the argmax of -> (B, n, K).
-
-        At temperature T, logits + T * noise (the Gumbel-max trick). The noise belongs to the
-        position, so a head that drafts with it agrees more often with the model than one without
-        (Gumbel coupling, Daliri et al. 2024)."""
+        """What `pick` takes the argmax of (B, n, K): at temperature T, logits + T * noise (the
+        Gumbel-max trick). The noise belongs to the position, so a head that drafts with it agrees
+        more often with the model than one without (Gumbel coupling, Daliri et al. 2024)."""
         if self.temperature == 0:
             return logits
         logits = filter_logits(logits.float(), self.temperature, self.top_k, self.top_p)
@@ -355,14 +349,6 @@ class Decoder:
         longest = max(map(len, prompts))
         require(0 < max_new_tokens <= self.max_length - longest, f"{longest} prompt tokens and "
                 f"{max_new_tokens} new ones do not fit into a length of {self.max_length}")
-
-
-def ready(model, dtype=None):
-    """The model in eval mode and dtype (None: its own): itself, or a copy if it is not so."""
-    weight = model.gpt.lm_head.weight
-    if model.training or dtype not in (None, weight.dtype):
-        model = copy.deepcopy(model).eval().to(dtype or weight.dtype)
-    return model
 
 
 # ---- Compiling the step ----------------------------------------------------------------------
@@ -601,7 +587,7 @@ def main(argv=None):
         check_output(args.out)
         device = pick_device(args.device)
         model, state = load_model(args.run)
-        model = ready(model.to(device), getattr(torch, args.dtype))
+        model = model.to(device, getattr(torch, args.dtype))
         options = dict(
             temperature=args.temperature,
             top_k=args.top_k,

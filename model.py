@@ -157,11 +157,7 @@ class GPT(nn.Module):
         What exists here comes first. Raises InputError. Never runs code from a file."""
         path = Path(name_or_path)
         try:
-            if name_or_path in GPT2_HEADS and not path.exists():
-                tensors = download_gpt2(name_or_path)
-                n_head = GPT2_HEADS[name_or_path]
-            else:
-                tensors, n_head = read_gpt2(path)
+            tensors, n_head = read_gpt2(path)
             tensors = {key.removeprefix("transformer."): t for key, t in tensors.items()}
             vocab_size, n_embd = tensors["wte.weight"].shape
             n_layer = sum(key.endswith("ln_1.weight") for key in tensors)
@@ -213,7 +209,10 @@ def load_tensors(path):
 
 
 def read_gpt2(path):
-    """A folder that transformers wrote, or a file in it -> ({name: tensor}, n_head)."""
+    """What GPT.from_pretrained takes -> ({name: tensor}, n_head)."""
+    name = str(path)
+    if name in GPT2_HEADS and not path.exists():
+        return download_gpt2(name), GPT2_HEADS[name]
     if path.is_dir():
         files = [path / "model.safetensors", path / "pytorch_model.bin"]
         path = next(filter(Path.is_file, files), None)

@@ -30,8 +30,6 @@ from model import GPT, GPTConfig
 def recipe(args, offsets, step):
     """What a step trains -> ({offset: weight of its loss}, lr scale of the backbone).
 
-    The papers' recipes are settings of this function:
-
     backbone_lr  lr scale of the backbone: 1 (joint), less (differential rates), 0 (frozen)
     head_warmup  first steps, which train the heads alone (Mehra et al.; L-MTP, stage 1)
     head_weight  weight of each head's loss relative to offset 1's (beta in L-MTP)
@@ -256,8 +254,7 @@ def train(args, model=None, state=None):
     with signals_received() as signals, bar:
         for step in bar:
             idx = corpus.batch("train", args.batch_size, length, step, args.seed)
-            losses, norm = train_step(model, optimizers, idx.to(device), step,
-                                      args, autocast)
+            losses, norm = train_step(model, optimizers, idx.to(device), step, args, autocast)
             done = step + 1
             milestone = done == args.steps or done % args.eval_every == 0
             if not (milestone or done % args.log_every == 0 or signals):
