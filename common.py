@@ -34,8 +34,7 @@ def pick_device(name):
 
 
 def has_native_bfloat16(device):
-    """Whether the hardware multiplies in bfloat16 (GPUs since Ampere, CPUs with AVX512-BF16) and
-    PyTorch need not emulate it."""
+    """Whether the hardware multiplies in bfloat16: GPUs since Ampere, CPUs with AVX512-BF16."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
@@ -77,8 +76,7 @@ def environment(device):
 # ---- Command lines ---------------------------------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose --help shows the defaults and whose errors are one line. A `group` that is set
-    takes the options that follow."""
+    """argparse with defaults in --help and errors of one line. A `group` takes what follows it."""
 
     def option(self, name, default, help, least=0, **options):
         """Add --name: a switch, or of its default's type; a number from `least` on."""
@@ -172,8 +170,7 @@ def write_results(path, results):
 
 
 def save_checkpoint(path, model, **state):
-    """Write the model and `state` (step, optimizers, ...) to a file. Raises OSError; the old
-    checkpoint then stays."""
+    """Write the model and `state` (step, ...). Raises OSError; the old checkpoint then stays."""
     state |= dict(
         model=model.state_dict(),
         gpt_config=asdict(model.gpt.config),

@@ -41,8 +41,7 @@ torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 
-# ---- The idea: one text, no cache, greedy ----------------------------------------------------
-# Everything below is this, made fast.
+# ---- The idea: one text, no cache, greedy. The rest is this, made fast -----------------------
 
 @torch.no_grad()
 def generate_reference(model, prompt, max_new_tokens, offsets=None):
@@ -77,8 +76,7 @@ def gumbel_noise(seed, row, position, tokens):
     """Gumbel(0, 1) noise, a pure function of (seed, row, position, token).
 
     seed int, modulo 2^48; row and position int64 that broadcast to some (...); tokens (V,) int64
-    -> (..., V) float32. The hash is two rounds of xor-shift and multiply on 32-bit words in int64,
-    whose products cannot overflow."""
+    -> (..., V) float32. The hash, two rounds of xor-shift and multiply, cannot overflow int64."""
     def mix(x):
         x = ((x ^ (x >> 16)) * 0x21F0AAAD) & 0xFFFFFFFF
         x = ((x ^ (x >> 15)) * 0x735A2D97) & 0xFFFFFFFF
@@ -422,8 +420,7 @@ def default_methods(offsets):
 
 
 def drafting(method, offsets):
-    """The options of a Decoder that drafts by a method, "lookup" or offsets as in "1,2,3,4", of a
-    model with these offsets. Raises InputError."""
+    """A Decoder's options for "lookup", or for some of a model's offsets. Raises InputError."""
     if method == "lookup":
         return dict(offsets=(1,), lookup=8)
     return dict(offsets=parse_offsets(method, offsets))
@@ -588,11 +585,7 @@ def main(argv=None):
         device = pick_device(args.device)
         model, state = load_model(args.run)
         model = model.to(device, getattr(torch, args.dtype))
-        options = dict(
-            temperature=args.temperature,
-            top_k=args.top_k,
-            top_p=args.top_p,
-            seed=args.seed)
+        options = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "seed")}
         if args.prompt is None:
             return report(model, state, options, args)
         for name in ("data", "prompts", "batch_size", "eager", "out"):

@@ -132,10 +132,9 @@ def interval(values):
 
 @torch.no_grad()
 def predictions(model, windows, position, horizon, branches):
-    """What is predicted for x_{t+1} .. x_{t+horizon} after positions t: by the model (t+1) and its
-    marginalisation, a greedy rollout if branches is 1; and by its own heads.
-
-    windows (B, T + 1), position (B, P). Yields distance, predictor, probs (B, P, V), mass (B, P)"""
+    """What the model (t+1), its marginalisation (if branches is 1, a greedy rollout) and its own
+    heads predict for x_{t+1} .. x_{t+horizon}, t in position (B, P) of windows (B, T + 1). Yields
+    distance, predictor, probs (B, P, V), mass (B, P)"""
     idx = windows[:, :-1]
     for distance, found in enumerate(look_ahead(model.gpt, idx, position, horizon, branches), 1):
         yield distance, "marginalisation" if distance > 1 else "model", *found

@@ -31,9 +31,9 @@ class GPTConfig:
     dropout: float = 0.0
 
     def __post_init__(self):
-        sizes = (self.block_size, self.vocab_size, self.n_layer, self.n_head, self.n_embd)
+        *sizes, dropout = vars(self).values()
         require(min(sizes) > 0, f"sizes must be positive: {self}")
-        require(0 <= self.dropout < 1, f"dropout must be in [0, 1), not {self.dropout}")
+        require(0 <= dropout < 1, f"dropout must be in [0, 1), not {dropout}")
         require(self.n_embd % self.n_head == 0,
                 f"n_embd {self.n_embd} must be a multiple of n_head {self.n_head}")
 
@@ -96,9 +96,8 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, cache=None, slots=None, mask=None):
-        """x (B, T, C) -> (B, T, C). When decoding: the layer's cache (B*S, 2C), its rows (B*T,),
-        b * S + slot, that receive the new keys and values, and a mask (B, 1, T, S) that says which
-        slots each token sees."""
+        """x (B, T, C) -> (B, T, C). To decode: the layer's cache (B*S, 2C), the rows b * S + slot
+        (B*T,) of it to write, and a mask (B, 1, T, S) that says which slots each token sees."""
         x = x + self.attn(self.ln_1(x), cache, slots, mask)
         return x + self.mlp(self.ln_2(x))
 
@@ -126,11 +125,9 @@ class GPT(nn.Module):
 
     def residual_stream(self, idx, position=None, cache=None, slots=None, mask=None):
         """Token ids (B, T) int64 -> the embeddings and the output of each layer, before the final
-        norm: a list of n_layer + 1 tensors (B, T, C).
-
-        Without a cache the tokens are a text from its start. With one, from `empty_cache`, they
-        stand at `position` (B, T), and slots and mask are as in Block. Raises InputError if the
-        text is longer than the context."""
+        norm: a list of n_layer + 1 tensors (B, T, C). The tokens are a text from its start; with a
+        cache, from `empty_cache`, they stand at `position` (B, T), and slots and mask are as in
+        Block. Raises InputError if the text is longer than the context."""
         if position is None:
             T = idx.shape[1]
             require(T <= self.config.block_size,
@@ -155,9 +152,8 @@ class GPT(nn.Module):
         """A GPT in eval mode with the weights of a GPT-2: a folder that transformers wrote, a
         .bin or .safetensors file beside its config.json, or a name in GPT2_HEADS (downloaded once).
         What exists here comes first. Raises InputError. Never runs code from a file."""
-        path = Path(name_or_path)
         try:
-            tensors, n_head = read_gpt2(path)
+            tensors, n_head = read_gpt2(name_or_path)
             tensors = {key.removeprefix("transformer."): t for key, t in tensors.items()}
             vocab_size, n_embd = tensors["wte.weight"].shape
             n_layer = sum(key.endswith("ln_1.weight") for key in tensors)
@@ -168,7 +164,8 @@ class GPT(nn.Module):
         except InputError:
             raise
         except (OSError, LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            raise InputError(f"{path} holds no GPT-2 with its config.json: {error!r}") from None
+            raise InputError(
+                f"{name_or_path} holds no GPT-2 with its config.json: {error!r}") from None
         return gpt.eval()
 
 
@@ -183,9 +180,8 @@ def empty_cache(config, n_layer, batch, slots, dtype, device):
 
 
 def causal_mask(position, slot, dtype):
-    """Let a token see the slots up to its own: position (B, N), slot (S,), which counts from 0, ->
-    (B, 1, N, S) of 0 or -inf. (slot is passed in, or torch.compile would compute the mask anew in
-    every layer.)"""
+    """Let a token see the slots up to its own: position (B, N), slot (S,), 0 to S - 1 -> (B, 1, N,
+    S) of 0 or -inf. (slot is passed in, or torch.compile would compute the mask in each layer.)"""
     mask = torch.zeros(*position.shape, len(slot), dtype=dtype, device=position.device)
     return mask.masked_fill(slot > position[..., None], -math.inf)[:, None]
 
@@ -208,11 +204,11 @@ def load_tensors(path):
         raise InputError(f"{path} is damaged, or no file of tensors ({reason})") from None
 
 
-def read_gpt2(path):
+def read_gpt2(name_or_path):
     """What GPT.from_pretrained takes -> ({name: tensor}, n_head)."""
-    name = str(path)
-    if name in GPT2_HEADS and not path.exists():
-        return download_gpt2(name), GPT2_HEADS[name]
+    path = Path(name_or_path)
+    if name_or_path in GPT2_HEADS and not path.exists():
+        return download_gpt2(name_or_path), GPT2_HEADS[name_or_path]
     if path.is_dir():
         files = [path / "model.safetensors", path / "pytorch_model.bin"]
         path = next(filter(Path.is_file, files), None)

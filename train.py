@@ -156,8 +156,7 @@ def evaluate(model, windows, batch_size, autocast=nullcontext()):
 # ---- The loop --------------------------------------------------------------------------------
 
 def train_step(model, optimizers, idx, step, args, autocast=nullcontext()):
-    """Train one batch idx (B, T + 1). -> {offset: loss}, norm of the gradient before clipping
-    (tensors)"""
+    """Train on idx (B, T + 1) -> {offset: loss}, the gradient's norm before clipping (tensors)."""
     torch.manual_seed(args.seed + 1_000_003 * step)  # of dropout: a resumed run goes on alike
     weights, lr_scale = recipe(args, model.offsets, step)
     lr = args.lr * lr_factor(step, args.steps, args.warmup)
@@ -202,8 +201,7 @@ def signals_received():
 
 
 def restore(args, fixed, optimizers, state):
-    """Take up a checkpoint's state. -> the next step. Raises InputError for another corpus, or for
-    the checkpoint of an older train.py."""
+    """Take up `state` -> the next step. Raises InputError if of another corpus or train.py."""
     require(state["corpus"] == fixed["corpus"], f"{args.data} is not the corpus that this run was "
             "started on; name that one with --data")
     try:
@@ -219,10 +217,9 @@ def restore(args, fixed, optimizers, state):
 
 
 def train(args, model=None, state=None):
-    """Run `args` (see check_args) to the last step, from a checkpoint's (model, state) if given.
-
-    Returns the model. Raises InputError for bad input, FloatingPointError if a number is not
-    finite, OSError if saving fails, KeyboardInterrupt after Ctrl-C, once saved."""
+    """Run `args` (see check_args) to the last step, from a checkpoint's (model, state) if given. ->
+    the model. Raises InputError for bad input, FloatingPointError if a number is not finite,
+    OSError if saving fails, KeyboardInterrupt after Ctrl-C, once saved."""
     device = torch.device(args.device)
     out = Path(args.out)
     corpus = Corpus(args.data)
