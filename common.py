@@ -207,7 +207,8 @@ def load_model(path):
     path = Path(path)
     weights = path.suffix in (".safetensors", ".bin") or (path / "config.json").exists()
     if weights or str(path) in GPT2_HEADS and not path.exists():
-        return MultiTokenGPT(GPT.from_pretrained(str(path)), HeadsConfig((1,))).eval(), {}
+        gpt = GPT.from_pretrained(str(path))
+        return MultiTokenGPT(gpt, HeadsConfig((1,))).eval(), {}
     model, state = load_checkpoint(path)
     state.pop("optimizers", None)  # large, and of no use but for training
     return model, state

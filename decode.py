@@ -130,7 +130,7 @@ class Generation:
     @property
     def accepted(self):
         """{distance: the fraction of steps that emitted a draft from there}"""
-        drafted = [j for row in self.distances for j in row]
+        drafted = sum(self.distances, [])
         return {j: drafted.count(j) / self.steps for j in range(2, max(drafted) + 1)}
 
 
@@ -354,10 +354,9 @@ class Decoder:
 def compile_step(decoder):
     """decoder.step as one compiled program without arguments, on CUDA as one graph.
 
-    On a CPU, weights are frozen into the program where that pays, in 16 bits and when they are
-    large: kernels read such packed weights at the speed of the memory, in float32 Inductor's own in
-    blocks of up to four tokens, else oneDNN's. With autotune, each product's fastest kernel is
-    found by trying (docs/performance.md)."""
+    On a CPU, weights that are large or of 16 bits are frozen into the program: kernels read them
+    packed, at the speed of the memory, Inductor's own for blocks of up to four tokens in float32,
+    else oneDNN's. With autotune each product's fastest is found by trying (docs/performance.md)."""
     # torch.compile keeps programs with a function's code object, searches them at each call and
     # gives up after eight. A copy of the code has one program, which needs no guards.
     step = type(decoder).step
@@ -428,10 +427,9 @@ def drafting(method, offsets):
 
 def compare(decoders, prompts, new_tokens, rounds=5):
     """Time decoders {method: Decoder}, the first of which is the baseline, NTP, in turns on the
-    same prompts. -> a record per method, with medians over the rounds
-
-    "identical" compares with the baseline's text; in 16 bits, where longer blocks round in another
-    way, with what NTP writes in blocks as long as the method's."""
+    same prompts. -> a record per method, with medians over the rounds. "identical" compares with
+    the baseline's text; in 16 bits, where longer blocks round in another way, with what NTP writes
+    in blocks as long as the method's."""
     expected = {}
     runs = {method: [] for method in decoders}
     for method, decoder in progress_bar(decoders.items(), desc="prepare"):
@@ -526,7 +524,8 @@ def stream(model, state, options, args):
     """Print the continuation of --prompt as it is accepted, until the text ends."""
     tokenizer = get_tokenizer(tokenizer_name(model, state))
     prompt = tokenizer.encode_ordinary(args.prompt)
-    n = max(1, min(args.new_tokens, model.gpt.config.block_size - len(prompt)))
+    room = model.gpt.config.block_size - len(prompt)
+    n = max(1, min(args.new_tokens, room))
     method = (args.methods or default_methods(model.offsets))[-1]
     decoder = Decoder(model, **options, **drafting(method, model.offsets))
     color = sys.stdout and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
@@ -585,7 +584,11 @@ def main(argv=None):
         device = pick_device(args.device)
         model, state = load_model(args.run)
         model = model.to(device, getattr(torch, args.dtype))
-        options = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "seed")}
+        options = dict(
+            temperature=args.temperature,
+            top_k=args.top_k,
+            top_p=args.top_p,
+            seed=args.seed)
         if args.prompt is None:
             return report(model, state, options, args)
         for name in ("data", "prompts", "batch_size", "eager", "out"):

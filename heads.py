@@ -216,7 +216,8 @@ class MultiTokenGPT(nn.Module):
         head = self.heads[str(offset)]
         z = head(h)
         if head.reader is not None:
-            z = head.reader(z, head.reader.embed(self.gpt.transformer.wte(previous)))
+            e = self.gpt.transformer.wte(previous)
+            z = head.reader(z, head.reader.embed(e))
         return self.gpt.lm_head(z)
 
     def forward(self, idx):
@@ -282,7 +283,9 @@ def accepted_drafts(model, offsets, windows, lookup=0):
             for o in offsets[1:]:
                 logits = model.offset_logits(h, o, idx.roll(1 - o)[None])  # (1, T, V)
                 best[o] = logits[0].argmax(-1)
-            drafts = [F.pad(best[o], (1 + b, -1 - b)) for o, b in draft_sources(offsets).values()]
+            drafts = []
+            for o, b in draft_sources(offsets).values():
+                drafts.append(F.pad(best[o], (1 + b, -1 - b)))
         n = torch.zeros_like(idx)
         for i, draft in enumerate(drafts):  # (T,) each: at root t, for token t + 1 + i
             n += (n == i) & (draft == idx.roll(-1 - i))

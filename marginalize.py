@@ -31,10 +31,10 @@ def marginalize_reference(gpt, idx, horizon, paths=None):
     T = len(idx)
     total = 0
     for path in paths or itertools.product(range(gpt.config.vocab_size), repeat=horizon - 1):
-        path = torch.tensor(path, dtype=torch.long, device=idx.device)  # (horizon - 1,)
+        path = idx.new_tensor(path)  # (horizon - 1,)
         probs = gpt(torch.cat([idx, path])[None])[0].softmax(-1)  # (T + horizon - 1, V)
-        steps = torch.arange(T - 1, T + horizon - 2, device=idx.device)
-        total = total + probs[steps, path].prod() * probs[-1]
+        weight = probs[T - 1:-1].gather(1, path[:, None]).prod()  # p(path | idx)
+        total += weight * probs[-1]
     return total
 
 
@@ -67,7 +67,8 @@ def look_ahead(gpt, idx, position, horizon, branches):
         """Tokens (B, N) at `position` (B, N), cached in the slots own (N,), each of which sees the
         slots in visible (B, N, S) bool -> hidden states (B, N, C)"""
         row = S * torch.arange(B, device=idx.device)[:, None]
-        return gpt.hidden_states(tokens, position, cache, (row + own).flatten(), visible[:, None])
+        slots = (row + own).flatten()
+        return gpt.hidden_states(tokens, position, cache, slots, visible[:, None])
 
     causal = slot <= text[:, None]  # (T, S)
     h = forward(idx, text.expand(B, T), text, causal.expand(B, T, S))

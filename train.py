@@ -139,7 +139,7 @@ def evaluate(model, windows, batch_size, autocast=nullcontext()):
     """windows (n, T + 1) int64 -> {offset: mean loss in nats}, {offset: top-1 accuracy}."""
     model.eval()
     loss = dict.fromkeys(model.offsets, 0.0)
-    accuracy = dict.fromkeys(model.offsets, 0.0)
+    accuracy = dict(loss)
     for idx in windows.split(batch_size):
         fraction = len(idx) / len(windows)
         with autocast:
@@ -201,7 +201,7 @@ def signals_received():
 
 
 def restore(args, fixed, optimizers, state):
-    """Take up `state` -> the next step. Raises InputError if of another corpus or train.py."""
+    """Take up `state` -> the next step. Raises InputError if another corpus or train.py made it."""
     require(state["corpus"] == fixed["corpus"], f"{args.data} is not the corpus that this run was "
             "started on; name that one with --data")
     try:
@@ -354,7 +354,6 @@ def resume(parser, argv, path):
     saved.pop("progress", None)
     parser.set_defaults(**saved)
     args = parser.parse_args(argv)
-    args.out = str(Path(args.out))
     args.data = str(Corpus(args.data).folder)
     check_args(args)
     state["changed"] = {name: value for name, value in vars(args).items()
