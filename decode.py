@@ -76,7 +76,8 @@ def gumbel_noise(seed, row, position, tokens):
     """Gumbel(0, 1) noise, a pure function of (seed, row, position, token).
 
     seed int, modulo 2^48; row and position int64 that broadcast to some (...); tokens (V,) int64
-    -> (..., V) float32. The hash, two rounds of xor-shift and multiply, cannot overflow int64."""
+    -> (..., V) float32. The hash is two rounds of xor-shift and multiply on 32-bit words in int64,
+    whose products cannot overflow."""
     def mix(x):
         x = ((x ^ (x >> 16)) * 0x21F0AAAD) & 0xFFFFFFFF
         x = ((x ^ (x >> 15)) * 0x735A2D97) & 0xFFFFFFFF
@@ -118,8 +119,7 @@ class Generation:
 
     @property
     def steps(self):
-        """Forward passes after the prefill, summed over the texts. A step ends with its bonus
-        token, unless the text ends before it."""
+        """Forward passes of all texts after prefill. Each ends with a bonus token, or its text."""
         return sum(row.count(1) + (row[-1] != 1) for row in self.distances)
 
     @property
@@ -267,8 +267,7 @@ class Decoder:
         self.tokens[self.row, after] = drafts
 
     def remember(self, h, start, n):
-        """Run the heads on h (see draft) and remember what they compute. -> z (B, N - 1, C or 3C)
-        of the heads and positions that draft"""
+        """Run the heads on h (see draft) and keep it. -> z (B, N - 1, C or 3C), one per draft."""
         # Only W positions draft. Where fewer tokens are new, the first of them is taken again.
         back = torch.arange(self.W, device=self.device)
         i = (n[:, None] - back).clamp(min=0)  # (B, W)

@@ -24,8 +24,7 @@ from model import Block
 # ---- Offsets, and where a draft comes from ---------------------------------------------------
 
 def parse_offsets(offsets, available=None):
-    """"1,3,5,7", or a sequence of ints, -> (1, 3, 5, 7). Raises InputError unless they start with
-    1, increase and are among the available ones."""
+    """"1,3,5,7" or ints -> (1, 3, 5, 7). Raises InputError unless available and rising from 1."""
     try:
         parts = offsets.split(",") if isinstance(offsets, str) else offsets
         parsed = tuple(map(int, parts))

@@ -60,7 +60,7 @@ def look_ahead(gpt, idx, position, horizon, branches):
     width = [min(branches, V ** depth) for depth in range(1, horizon)]
     S = T + P * sum(width)
     slot = torch.arange(S, device=idx.device)
-    text, *levels = slot.split([T, *(P * n for n in width)])  # where each is cached
+    text, *levels = slot.split([T, *(P * n for n in width)])  # of the text, of each depth
     cache = empty_cache(config, config.n_layer, B, S, gpt.lm_head.weight.dtype, idx.device)
 
     def forward(tokens, position, own, visible):
