@@ -76,7 +76,8 @@ def environment(device):
 # ---- Command lines ---------------------------------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
-    """argparse with defaults in --help and errors of one line. A `group` takes what follows it."""
+    """argparse whose --help shows the defaults and whose errors are one line. A `group` that is set
+    takes the options that follow."""
 
     def option(self, name, default, help, least=0, **options):
         """Add --name: a switch, or of its default's type; a number from `least` on."""

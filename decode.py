@@ -130,7 +130,7 @@ class Generation:
     @property
     def accepted(self):
         """{distance: the fraction of steps that emitted a draft from there}"""
-        drafted = sum(self.distances, [])
+        drafted = [j for row in self.distances for j in row]
         return {j: drafted.count(j) / self.steps for j in range(2, max(drafted) + 1)}
 
 

@@ -24,7 +24,8 @@ from model import Block
 # ---- Offsets, and where a draft comes from ---------------------------------------------------
 
 def parse_offsets(offsets, available=None):
-    """"1,3,5,7" or ints -> (1, 3, 5, 7). Raises InputError unless available and rising from 1."""
+    """"1,3,5,7" or ints -> (1, 3, 5, 7). Raises InputError unless they increase from 1 on and are
+    among the available ones."""
     try:
         parts = offsets.split(",") if isinstance(offsets, str) else offsets
         parsed = tuple(map(int, parts))

@@ -31,9 +31,9 @@ class GPTConfig:
     dropout: float = 0.0
 
     def __post_init__(self):
-        *sizes, dropout = vars(self).values()
+        sizes = (self.block_size, self.vocab_size, self.n_layer, self.n_head, self.n_embd)
         require(min(sizes) > 0, f"sizes must be positive: {self}")
-        require(0 <= dropout < 1, f"dropout must be in [0, 1), not {dropout}")
+        require(0 <= self.dropout < 1, f"dropout must be in [0, 1), not {self.dropout}")
         require(self.n_embd % self.n_head == 0,
                 f"n_embd {self.n_embd} must be a multiple of n_head {self.n_head}")
 

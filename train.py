@@ -139,7 +139,7 @@ def evaluate(model, windows, batch_size, autocast=nullcontext()):
     """windows (n, T + 1) int64 -> {offset: mean loss in nats}, {offset: top-1 accuracy}."""
     model.eval()
     loss = dict.fromkeys(model.offsets, 0.0)
-    accuracy = dict(loss)
+    accuracy = dict.fromkeys(model.offsets, 0.0)
     for idx in windows.split(batch_size):
         fraction = len(idx) / len(windows)
         with autocast:
@@ -354,6 +354,7 @@ def resume(parser, argv, path):
     saved.pop("progress", None)
     parser.set_defaults(**saved)
     args = parser.parse_args(argv)
+    args.out = str(Path(args.out))
     args.data = str(Corpus(args.data).folder)
     check_args(args)
     state["changed"] = {name: value for name, value in vars(args).items()
