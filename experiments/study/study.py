@@ -20,6 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 import data  # before PyTorch: Ctrl-C is one line from here on
 import torch
+from tqdm import tqdm
 
 from common import (Parser, atomic_write, check_output, environment, one_line_errors,
                     progress_bar)
@@ -50,6 +51,7 @@ def enter(folder):
     threading.Thread(target=end_with_the_first, daemon=True).start()
     sys.stdout = sys.stderr = open(folder / "log.txt", "a", buffering=1)
     torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # its own is one of processes, which would be left behind
 
 
 def do_all(study, jobs, parts):
