@@ -119,7 +119,8 @@ class Generation:
 
     @property
     def steps(self):
-        """Forward passes of all texts after prefill. Each ends with a bonus token, or its text."""
+        """Forward passes after the prefill, summed over the texts. A step ends with its bonus
+        token, unless the text ends before it."""
         return sum(row.count(1) + (row[-1] != 1) for row in self.distances)
 
     @property
@@ -267,7 +268,8 @@ class Decoder:
         self.tokens[self.row, after] = drafts
 
     def remember(self, h, start, n):
-        """Run the heads on h (see draft) and keep it. -> z (B, N - 1, C or 3C), one per draft."""
+        """Run the heads on h (see draft), keep what they compute -> z (B, N - 1, C or 3C) of the
+        heads and positions that draft"""
         # Only W positions draft. Where fewer tokens are new, the first of them is taken again.
         back = torch.arange(self.W, device=self.device)
         i = (n[:, None] - back).clamp(min=0)  # (B, W)
@@ -378,7 +380,7 @@ def compile_step(decoder):
         autotune_num_choices_displayed=0)  # it prints less
     if cuda:
         settings = dict(realize_reads_threshold=1)  # the mask once, not anew in each layer
-    elif large:
+    elif large and not decoder.autotune:
         matmul.fp32_precision = "tf32"  # else Inductor takes MKL, which is slow on AMD's CPUs
     try:
         with torch._inductor.config.patch(settings), torch.no_grad():
@@ -418,7 +420,8 @@ def default_methods(offsets):
 
 
 def drafting(method, offsets):
-    """A Decoder's options for "lookup", or for some of a model's offsets. Raises InputError."""
+    """The options of a Decoder that drafts by a method, "lookup" or offsets as in "1,2,3,4", of a
+    model with these offsets. Raises InputError."""
     if method == "lookup":
         return dict(offsets=(1,), lookup=8)
     return dict(offsets=parse_offsets(method, offsets))

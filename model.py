@@ -96,8 +96,8 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, cache=None, slots=None, mask=None):
-        """x (B, T, C) -> (B, T, C). To decode: the layer's cache (B*S, 2C), the rows b * S + slot
-        (B*T,) of it to write, and a mask (B, 1, T, S) that says which slots each token sees."""
+        """x (B, T, C) -> (B, T, C). When decoding: the layer's cache (B*S, 2C), the rows (B*T,) of
+        it to write, b * S + slot, and a mask (B, 1, T, S): which slots each token sees."""
         x = x + self.attn(self.ln_1(x), cache, slots, mask)
         return x + self.mlp(self.ln_2(x))
 

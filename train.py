@@ -28,7 +28,8 @@ from model import GPT, GPTConfig
 
 
 def recipe(args, offsets, step):
-    """What a step trains -> ({offset: weight of its loss}, lr scale of the backbone).
+    """What a step trains -> ({offset: weight of its loss}, lr scale of the backbone). The papers'
+    recipes are settings of this function:
 
     backbone_lr  lr scale of the backbone: 1 (joint), less (differential rates), 0 (frozen)
     head_warmup  first steps, which train the heads alone (Mehra et al.; L-MTP, stage 1)
@@ -201,7 +202,8 @@ def signals_received():
 
 
 def restore(args, fixed, optimizers, state):
-    """Take up `state` -> the next step. Raises InputError if another corpus or train.py made it."""
+    """Take up a checkpoint's state -> the next step. Raises InputError for another corpus, or for
+    the checkpoint of an older train.py."""
     require(state["corpus"] == fixed["corpus"], f"{args.data} is not the corpus that this run was "
             "started on; name that one with --data")
     try:

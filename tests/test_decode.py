@@ -368,10 +368,12 @@ def test_a_compiled_step_emits_the_same_text_and_is_never_compiled_again(method,
 
 @needs_compiler
 @pytest.mark.slow
-def test_a_new_decoder_uses_the_weights_that_the_model_has_now():
+@pytest.mark.parametrize("options", [{}, dict(batch_size=1), dict(autotune=True)])
+def test_a_new_decoder_uses_the_weights_that_the_model_has_now(options):
     model = tiny_model((1, 2, 3, 4), n_embd=384)  # large enough to be frozen into programs
     for _ in range(2):
-        g, h = [decoder_of(model, MTP, compile=c).generate(PROMPTS, 30) for c in (False, True)]
+        g, h = [decoder_of(model, MTP, compile=compile, **options).generate(PROMPTS, 30)
+                for compile in (False, True)]
         assert (g.tokens, g.distances) == (h.tokens, h.distances)
         with torch.no_grad():
             for p in model.parameters():

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from common import load_checkpoint, save_checkpoint, tokenizer_name
+from common import load_checkpoint, load_model, save_checkpoint, tokenizer_name
 from conftest import ROOT, TINY, assert_one_line_error, command, process, tiny_gpt, tiny_model
 from data import prepare
 from data.loader import Corpus
@@ -73,7 +73,6 @@ def test_a_corpus_is_replaced_only_when_that_is_asked_for(notes, monkeypatch):
 
 
 def test_a_full_disk_is_one_line(notes):
-    resource = pytest.importorskip("resource")
     result = subprocess.run(
         [sys.executable, "data/prepare.py", notes / "good.txt", "--out", notes / "n"], cwd=ROOT,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100)),
@@ -116,7 +115,6 @@ def look_ahead_from(T, horizon, branches, position=torch.tensor([[5]])):
     (lambda: tiny_gpt(n_embd=31), "multiple of n_head 2"),
     (lambda: tiny_gpt(n_layer=0), "positive"), (lambda: tiny_gpt(dropout=1.0), "dropout"),
     *[(lambda o=o: parse_offsets(o), "start with 1") for o in ("", "2,3", "1,1", "1,3,2", "1,x")],
-    (lambda: parse_offsets((1, 9), available=(1, 2)), "no head for offset .9"),
     (lambda: HeadsConfig(kind="magic"), "resblock"), (lambda: HeadsConfig(n_layer=0), "layer"),
     (lambda: tiny_model((1, 65)), "beyond the model's context of 64"),
     (lambda: GPT.from_pretrained("no/such"), "there is no file no/such"),
@@ -126,8 +124,7 @@ def look_ahead_from(T, horizon, branches, position=torch.tensor([[5]])):
         (dict(offsets=(1, 6)), "no head for offset .6"), (dict(max_length=65), "max_length"),
         (dict(temperature=-1), "temperature"), (dict(temperature=float("inf")), "temperature"),
         (dict(top_k=-1), "top_k"), (dict(top_p=0), "top_p"), (dict(top_p=1.5), "top_p")]],
-    (lambda: look_ahead_from(6, 0, 1), "at least 1"),
-    (lambda: look_ahead_from(6, 2, 0), "at least 1"),
+    *[(lambda n=n: look_ahead_from(6, *n), "at least 1") for n in ((0, 1), (2, 0))],
     (lambda: look_ahead_from(6, 12, 1), "horizon of 12 .* context of 16"),
     (lambda: look_ahead_from(17, 2, 1, torch.tensor([[3]])), "17 tokens")])
 def test_what_cannot_be_is_an_error(make, message):
@@ -215,10 +212,9 @@ def test_a_disk_that_is_full_leaves_the_previous_checkpoint(tmp_path):
     ("--data no/such/corpus", "no/such/corpus prepare.py"), ("--offsets 2,3", "start with 1"),
     ("--n-embd 31", "n_head"), ("--n-embd 1000000000 --n-head 1", "memory"),
     ("--block-size 90000", "90001"), ("--device tpu", "not available"), ("--steps 0", "--steps"),
-    ("--lr nan", "--lr"), ("--init no/such", "--init has its own"),
+    ("--lr nan", "--lr"), ("--init no/such", "--init has its own"), ("--dropout 1", "dropout"),
     ("--out README.md", "README.md"), ("--out=", "--out must name a folder"),
-    ("--dropout 1", "dropout"), ("--backbone-lr 0", "untrained"),
-    ("--backbone-lr 0 --offsets 1", "heads must train"),
+    ("--backbone-lr 0", "untrained"), ("--backbone-lr 0 --offsets 1", "heads must train"),
     ("--head-warmup 5 --offsets 1", "heads must train"),
     ("--head-warmup 5 --head-weight 0", "heads must train --head-weight")])
 def test_bad_options_are_one_line(options, words, corpus, tmp_path):
@@ -350,3 +346,8 @@ def test_the_variables_of_a_launcher_change_nothing(corpus, tmp_path, monkeypatc
 def test_a_padded_vocabulary_is_still_that_of_its_tokenizer():
     assert tokenizer_name(tiny_model(vocab_size=50304), {}) == "gpt2"
     assert tokenizer_name(tiny_model(vocab_size=257), {}) == "bytes"
+
+
+def test_a_model_to_decode_leaves_the_optimizers_on_the_disk(run_folder):
+    assert "optimizers" in load_checkpoint(run_folder)[1]
+    assert "optimizers" not in load_model(run_folder)[1]

@@ -1,8 +1,8 @@
 """The study: both papers' claims, tried on models that are small enough to train on a laptop.
 
-    python experiments/study/study.py --size quick      # 15 minutes on 2 CPU cores, no verdicts
-    python experiments/study/study.py                   # all of it: 2 hours
-    python experiments/study/report.py                  # then: the table and figures of the page
+    python experiments/study/study.py --size quick   # 15 to 20 minutes on 2 CPU cores, no verdicts
+    python experiments/study/study.py                # all of it: 2 hours
+    python experiments/study/report.py               # then: the table and figures of the page
 
 Parts and seeds run side by side, with one thread each. A part trains what it asks about and then
 measures it on held-out text. Whatever is there is kept: after Ctrl-C the same command goes on.
@@ -38,7 +38,8 @@ def measure(study, part, seed):
 
     def find():
         found = {row: study.measure(run, measures) for row, (run, measures) in rows.items()}
-        return found | found.pop("layers", {})  # whose measures are rows themselves
+        layers = found.pop("layers", {})  # whose measures are rows themselves
+        return found | layers
     return study.keep(f"{part}-{seed}", find, *[run for run, _ in rows.values()])
 
 
@@ -95,7 +96,7 @@ def main(argv=None):
     """Bad input is one line and status 2."""
     p = Parser(prog="study.py", description="Try both papers' claims on small models. It can be "
                "stopped at any time; the same command goes on.")
-    p.option("size", "full", "quick: 15 minutes on 2 CPU cores; full: 2 hours", choices=[*SIZES])
+    p.option("size", "full", "quick: 15 to 20 minutes on 2 cores; full: 2 hours", choices=[*SIZES])
     p.option("jobs", os.cpu_count(), "processes side by side", least=1)
     p.option("folder", None, "for the runs; default: runs/study-SIZE")
     p.option("out", None, "default: experiments/results/study_SIZE.json", metavar="FILE")
