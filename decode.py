@@ -244,7 +244,7 @@ class Decoder:
         self.distance[self.row, position] = torch.where(i < n[:, None], i + 2, 1)
         stopped = self.stops[target] & (i <= n[:, None])
         end = torch.where(stopped, position, self.tokens.shape[1]).amin(1)
-        self.limit.copy_(torch.minimum(self.limit, end))
+        self.limit.clamp_(max=end)
         self.position.copy_(torch.minimum(position[:, 0] + n, self.limit))  # a finished one stays
 
     def draft(self, h, start, n):
@@ -293,7 +293,7 @@ class Decoder:
         noise = gumbel_noise(self.seed, self.noise_row, position, vocab)
         return logits + self.temperature * noise
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def generate(self, prompts, max_new_tokens, stop_token=None, first_row=0, on_step=None):
         """Continue each prompt (a list of token lists, of any lengths). -> Generation
 
@@ -353,18 +353,12 @@ class Decoder:
 # ---- Compiling the step ----------------------------------------------------------------------
 
 def compile_step(decoder):
-    """decoder.step as one compiled program without arguments, on CUDA as one graph.
+    """decoder.step as one compiled program without arguments, on CUDA as one graph. Compiling runs
+    a step: `start` resets what that does to the state.
 
     On a CPU, weights that are large or of 16 bits are frozen into the program: kernels read them
     packed, at the speed of the memory, Inductor's own for blocks of up to four tokens in float32,
     else oneDNN's. With autotune each product's fastest is found by trying (docs/performance.md)."""
-    # torch.compile keeps programs with a function's code object, searches them at each call and
-    # gives up after eight. A copy of the code has one program, which needs no guards.
-    step = type(decoder).step
-    step = FunctionType(step.__code__.replace(), step.__globals__, "step", None, step.__closure__)
-    options = dict(guard_filter_fn=lambda guards: [False] * len(guards))
-    program = torch.compile(step, fullgraph=True, dynamic=False, options=options)
-
     cuda = decoder.device.type == "cuda"
     weight = decoder.model.gpt.lm_head.weight
     full = weight.dtype == torch.float32
@@ -373,7 +367,8 @@ def compile_step(decoder):
     matmul = torch.backends.mkldnn.matmul
     precision = matmul.fp32_precision
     settings = dict(
-        cpp_wrapper=True,  # C++ calls the kernels, not Python
+        cpp_wrapper=True,    # C++ calls the kernels, not Python,
+        size_asserts=False,  # and does not check every shape again
         freezing=large or not full or decoder.autotune,
         max_autotune=own or decoder.autotune,
         max_autotune_gemm_backends="CPP" if own else "ATEN,CPP",
@@ -382,13 +377,23 @@ def compile_step(decoder):
         settings = dict(realize_reads_threshold=1)  # the mask once, not anew in each layer
     elif large and not decoder.autotune:
         matmul.fp32_precision = "tf32"  # else Inductor takes MKL, which is slow on AMD's CPUs
+    programs = []
+
+    def inductor(graph, inputs):
+        program = torch._inductor.compile(graph, inputs)
+        programs.append(partial(program, *inputs))
+        return program
+    # A step reads and writes the same tensors each time. So the program is kept together with them,
+    # and torch.compile, which would collect and check them before every call, runs only once. It
+    # allows eight programs for a function's code, so each decoder's step is a copy.
+    step = decoder.step
+    step = FunctionType(step.__code__.replace(), step.__globals__, closure=step.__closure__)
     try:
         with torch._inductor.config.patch(settings), torch.no_grad():
-            program(decoder)  # `start` resets what it does to the state
+            torch.compile(step, backend=inductor, fullgraph=True, dynamic=False)(decoder)
     finally:
         matmul.fp32_precision = precision
-    step = partial(program, decoder)
-    return captured(step, decoder.device) if cuda else step
+    return captured(*programs, decoder.device) if cuda else programs[0]
 
 
 def captured(step, device):

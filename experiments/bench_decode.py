@@ -61,7 +61,7 @@ def seconds_of(f, times, device):
 
 # ---- One step --------------------------------------------------------------------------------
 
-@torch.no_grad()
+@torch.inference_mode()
 def step_seconds(decoders, rounds):
     """The median time of a step of each decoder, in turns of 50 ms or more, so that small weights
     stay in a CPU's caches as they do in a text. A finished text does the same work as one that is
@@ -133,6 +133,7 @@ def transformers_model(gpt):
     return theirs.to(weight.device, weight.dtype).eval()
 
 
+@torch.inference_mode()  # as ours
 def theirs_writes(theirs, prompt, **options):
     """-> new tokens, how many forward passes they took"""
     passes = []
