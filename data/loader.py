@@ -11,13 +11,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.prepare import ROOT, InputError, get_tokenizer, require
-
-SPLITS = ("train", "val")
+from data.prepare import InputError, get_tokenizer, require
 
 
 class Corpus:
-    """A prepared corpus: Corpus("data/python"), or Corpus("python") for a folder of data/.
+    """A prepared corpus, as in Corpus("data/python").
 
     folder       absolute Path of the corpus
     meta         the content of meta.json
@@ -29,15 +27,12 @@ class Corpus:
     """
 
     def __init__(self, folder):
-        inside = ROOT / "data" / folder
         self.folder = Path(folder).resolve()
-        if inside.exists() and not self.folder.exists():
-            self.folder = inside
         try:
             self.meta = json.loads((self.folder / "meta.json").read_text())
             self.tokenizer = get_tokenizer(self.meta["tokenizer"])
             self.vocab_size = self.tokenizer.n_vocab
-            self.train, self.val = map(self._open, SPLITS)
+            self.train, self.val = map(self._open, ("train", "val"))
         except Exception as error:
             raise InputError(f"cannot read the corpus {self.folder} ({error!r}): make it with "
                              "data/prepare.py, and with --force if it is damaged")
@@ -57,7 +52,7 @@ class Corpus:
         Raises InputError if the split is shorter than `length`.
         """
         tokens = self._tokens(split, length)
-        rng = np.random.default_rng([seed, step, SPLITS.index(split)])
+        rng = np.random.default_rng([seed, step, split == "val"])
         return gather(tokens, rng.integers(0, len(tokens) - length + 1, batch_size), length)
 
     def windows(self, split, count, length):
@@ -67,8 +62,7 @@ class Corpus:
         Raises InputError if the split is shorter than `length`.
         """
         tokens = self._tokens(split, length)
-        starts = np.linspace(0, len(tokens) - length, count, dtype=int)
-        return gather(tokens, starts, length)
+        return gather(tokens, np.linspace(0, len(tokens) - length, count, dtype=int), length)
 
     def fingerprint(self):
         """The SHA-256 of the training tokens, which stays the same when the folder moves."""
