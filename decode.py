@@ -393,7 +393,8 @@ def compile_step(decoder):
             torch.compile(step, backend=inductor, fullgraph=True, dynamic=False)(decoder)
     finally:
         matmul.fp32_precision = precision
-    return captured(*programs, decoder.device) if cuda else programs[0]
+    program = programs[0]
+    return captured(program, decoder.device) if cuda else program
 
 
 def captured(step, device):

@@ -174,10 +174,10 @@ def split(texts, val_fraction, seed):
     train = []
     val = []
     for text in sorted(texts, key=lambda text: hashlib.sha256(f"{seed} {text}".encode()).digest()):
-        train += filter(None, [text[:left]])  # no empty ones
-        val += filter(None, [text[left:]])
+        train.append(text[:left])
+        val.append(text[left:])
         left = max(0, left - len(text))
-    return dict(train=train, val=val)
+    return {"train": list(filter(None, train)), "val": list(filter(None, val))}
 
 
 # ---- The folder ------------------------------------------------------------------------------
@@ -236,8 +236,7 @@ def prepare(source="python", tokenizer="bytes", out=None, val_fraction=0.1, seed
     else:
         splits = split(load(source, seed), val_fraction, seed)
         meta = write_corpus(folder, splits, get_tokenizer(tokenizer), meta)
-        done = "{train_tokens:,} train and {val_tokens:,} val tokens ({tokenizer}) in"
-        done = done.format(**meta)
+        done = "{train_tokens:,} train, {val_tokens:,} val tokens ({tokenizer}) in".format(**meta)
     print(f"{done} {folder}; next: python train.py --data {folder}", flush=True)
     return folder
 

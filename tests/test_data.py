@@ -116,7 +116,7 @@ def test_the_script_says_what_it_made_and_what_comes_next(tmp_path):
     (tmp_path / "notes.txt").write_text(TEXT)
     result = process(script, tmp_path / "notes.txt")
     folder = script.with_name("notes")
-    assert result.stdout == (f"1,549 train and 173 val tokens (bytes) in {folder}; "
+    assert result.stdout == (f"1,549 train, 173 val tokens (bytes) in {folder}; "
                              f"next: python train.py --data {folder}\n")
     assert (result.returncode, result.stderr) == (0, "")
 

@@ -62,6 +62,7 @@ def test_a_corpus_is_replaced_only_when_that_is_asked_for(notes, monkeypatch):
     make = ["data/prepare.py", "good.txt", "--out", "corpus"]
     (notes / "good.txt").write_text("new\n" * 99)
     mapped = Corpus("corpus").train
+    assert Corpus("corpus").folder == notes / "corpus"  # absolute: a run remembers it
     assert Corpus("corpus").meta["source"] == str(notes / "good.txt")  # from wherever it is called
     assert "already there" in command(*make).stdout and len(Corpus("corpus").train) == 447
     with monkeypatch.context() as patch:
