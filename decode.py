@@ -18,15 +18,14 @@ many tokens are verified at once. NTP is the same code with a block of one.
 import codecs
 import copy
 import math
-import os
 import statistics
 import sys
 from dataclasses import dataclass, replace
 from functools import partial
-from types import FunctionType
 
 import data  # before PyTorch: Ctrl-C is one line from here on
 import torch
+import torch.nn.functional as F
 
 from common import (Parser, can_compile, check_output, clock, corpus_of, environment, load_model,
                     one_line_errors, pick_device, progress_bar, tokenizer_name, write_results)
@@ -115,7 +114,7 @@ class Generation:
     """What Decoder.generate returns; the lists have an entry per prompt."""
     tokens: list     # the new tokens (a stop token included)
     distances: list  # from how far ahead each of them was drafted; 1: it was a bonus token
-    seconds: float = 0.0  # wall-clock time, prefill included
+    seconds: float   # wall-clock time, prefill included
 
     @property
     def steps(self):
@@ -150,26 +149,23 @@ class Decoder:
     seed: int = 0               # of the noise
     dtype: torch.dtype = None   # decode with a copy of the model in, say, torch.bfloat16
     compile: bool = False       # torch.compile the step, on CUDA replayed as one graph
-    autotune: bool = False      # on a CPU: faster, and slow to compile
     max_length: int = None      # of a text; None: the context (a smaller cache is faster)
     rows: int = 1               # pad a block to so many tokens: equally long blocks round alike
     draft_vocab: list = None    # the only token ids that heads draft, such as the most frequent
     # ones: cheaper where the vocabulary is large, and still the same text (arXiv 2502.14856)
 
     def __post_init__(self):
+        if self.model.training or self.dtype:
+            self.model = copy.deepcopy(self.model).eval().to(self.dtype)
         weight = self.model.gpt.lm_head.weight
-        if self.model.training or self.dtype not in (None, weight.dtype):
-            self.model = copy.deepcopy(self.model).eval().to(self.dtype or weight.dtype)
         config = self.model.gpt.config
         offsets = (1,) if self.lookup else self.offsets or self.model.offsets
         self.offsets = parse_offsets(offsets, self.model.offsets)
         self.max_length = self.max_length or config.block_size
         require(self.max_length <= config.block_size,
                 f"max_length must be at most the context of {config.block_size}")
-        require(0 <= self.temperature < math.inf
-                and (self.top_k or 1) > 0
-                and 0 < self.top_p <= 1,
-                "temperature and top_k must not be negative, and top_p must be in (0, 1]")
+        require(0 <= self.temperature < math.inf and 0 < self.top_p <= 1,
+                "temperature must not be negative, and top_p must be in (0, 1]")
 
         # Draft i of a block, at distance i + 2, comes from head head_index[i], look_back[i] tokens
         # before the newest token that has been read, which is the one before the root.
@@ -183,7 +179,6 @@ class Decoder:
         # likes multiples of 16, and on CPUs it is several times slower in 16 bits.
         B = self.batch_size
         S = (self.max_length + self.rows + 15) // 16 * 16
-        weight = self.model.gpt.lm_head.weight
         self.device = weight.device
         kind = torch.float32 if self.device.type == "cpu" else weight.dtype
         with self.device:
@@ -299,11 +294,12 @@ class Decoder:
 
         stop_token: an id, or several, after which a text ends. first_row: the first prompt's row
         in the sampling noise, so that texts do not depend on how they are put into batches.
-        on_step(): called before each step and at the end, to look at the state. Raises InputError
+        on_step(): called before each step, to look at the state. Raises InputError
         for prompts that cannot be continued so far."""
         self.check(prompts, max_new_tokens)
         begin = clock(self.device)
-        g = Generation([], [])
+        tokens = []
+        distances = []
         B = self.batch_size
         for first in range(0, len(prompts), B):
             batch = prompts[first:first + B]
@@ -314,14 +310,11 @@ class Decoder:
                 steps = -(-left // self.N)  # at least so many, unless a stop token comes
                 for _ in range(1 if on_step else min(steps, 16)):
                     self.run_step()
-            if on_step:
-                on_step()
             for i, prompt in enumerate(batch):
                 new = slice(len(prompt), int(self.limit[i]) + 1)
-                g.tokens.append(self.tokens[i, new].tolist())
-                g.distances.append(self.distance[i, new].tolist())
-        g.seconds = clock(self.device) - begin
-        return g
+                tokens.append(self.tokens[i, new].tolist())
+                distances.append(self.distance[i, new].tolist())
+        return Generation(tokens, distances, clock(self.device) - begin)
 
     def start(self, prompts, max_new_tokens, stop_token, first_row):
         """Prefill: read up to batch_size prompts and draft their first blocks. What is cached
@@ -356,45 +349,55 @@ def compile_step(decoder):
     """decoder.step as one compiled program without arguments, on CUDA as one graph. Compiling runs
     a step: `start` resets what that does to the state.
 
-    On a CPU, weights that are large or of 16 bits are frozen into the program: kernels read them
-    packed, at the speed of the memory, Inductor's own for blocks of up to four tokens in float32,
-    else oneDNN's. With autotune each product's fastest is found by trying (docs/performance.md)."""
+    On a CPU, products of few rows become loops: of up to nine in a small model, of one in a large
+    one in 16 bits. Other weights that are large or of 16 bits are frozen into the program: kernels
+    read them packed, at the speed of the memory, Inductor's own for blocks of up to four tokens in
+    float32, else oneDNN's (docs/performance.md)."""
     cuda = decoder.device.type == "cuda"
     weight = decoder.model.gpt.lm_head.weight
     full = weight.dtype == torch.float32
     large = weight.shape[1] >= 384
     own = large and full and decoder.batch_size * decoder.rows <= 4  # Inductor's kernels
-    matmul = torch.backends.mkldnn.matmul
-    precision = matmul.fp32_precision
+    few = 9 if not large else 0 if full else 1  # rows of a product that are done in loops
     settings = dict(
         cpp_wrapper=True,    # C++ calls the kernels, not Python,
         size_asserts=False,  # and does not check every shape again
-        freezing=large or not full or decoder.autotune,
-        max_autotune=own or decoder.autotune,
-        max_autotune_gemm_backends="CPP" if own else "ATEN,CPP",
-        autotune_num_choices_displayed=0)  # it prints less
+        freezing=large or not full,
+        max_autotune=own,
+        max_autotune_gemm_backends="CPP")
     if cuda:
         settings = dict(realize_reads_threshold=1)  # the mask once, not anew in each layer
-    elif large and not decoder.autotune:
-        matmul.fp32_precision = "tf32"  # else Inductor takes MKL, which is slow on AMD's CPUs
+    # With float32 Inductor takes MKL for large products, which is slow on AMD's CPUs.
+    onednn = torch.backends.mkldnn.flags(True, None, None, "tf32" if large else "none")
     programs = []
 
     def inductor(graph, inputs):
+        for node in graph.graph.nodes:
+            if node.target is F.linear and not cuda:
+                node.target = linear
+                node.args = (few, *node.args)
+        graph.recompile()
         program = torch._inductor.compile(graph, inputs)
         programs.append(partial(program, *inputs))
         return program
     # A step reads and writes the same tensors each time. So the program is kept together with them,
-    # and torch.compile, which would collect and check them before every call, runs only once. It
-    # allows eight programs for a function's code, so each decoder's step is a copy.
-    step = decoder.step
-    step = FunctionType(step.__code__.replace(), step.__globals__, closure=step.__closure__)
-    try:
-        with torch._inductor.config.patch(settings), torch.no_grad():
-            torch.compile(step, backend=inductor, fullgraph=True, dynamic=False)(decoder)
-    finally:
-        matmul.fp32_precision = precision
-    program = programs[0]
-    return captured(program, decoder.device) if cuda else program
+    # and torch.compile, which would collect and check them before every call, runs only once. What
+    # it keeps of other decoders' steps is forgotten: it allows eight for a function's code.
+    torch._dynamo.reset_code(Decoder.step.__code__)
+    with torch._inductor.config.patch(settings), onednn, torch.no_grad():
+        torch.compile(decoder.step, backend=inductor, fullgraph=True, dynamic=False)()
+    return captured(programs[0], decoder.device) if cuda else programs[0]
+
+
+def linear(few, x, weight, bias=None):
+    """F.linear, for up to `few` rows of x (..., C) as loops: a library's call would take longer
+    than its arithmetic. They read the weight once more for each row."""
+    if x[..., 0].numel() > few:
+        return F.linear(x, weight, bias)
+    x = x.clone(memory_format=torch.contiguous_format)
+    x = x.as_strided(x.shape, x.stride())  # stores x, or each output would compute it anew
+    y = (x[..., None, :] * weight).sum(-1)
+    return y if bias is None else y + bias
 
 
 def captured(step, device):
@@ -479,7 +482,7 @@ def report(model, state, options, args):
     """Compare methods on greedy, sampled and real text, and print it."""
     context = model.gpt.config.block_size
     corpus = corpus_of(args.run, model, state, args.data)
-    length = max(1, min(64, context // 4))
+    length = min(64, context // 4)
     n = min(args.new_tokens, context - length)
     prompts = corpus.windows("val", args.prompts, length).tolist()
     device = model.gpt.lm_head.weight.device
@@ -521,22 +524,21 @@ SHADES = (157, 121, 86, 81, 75, 105, 141, 177)  # 256-colour codes of distances 
 
 
 def paint(text, distance):
-    """A token's text for a terminal, coloured by the distance of its draft, if it was drafted."""
-    if distance < 2:
+    """A token's text for a terminal, coloured by the distance of its draft, if it was drafted. A
+    colour would go on beyond a line's end."""
+    if distance < 2 or "\n" in text:
         return text
-    style = f"38;5;16;48;5;{SHADES[(distance - 2) % 8]}"
-    return "\n".join(f"\033[{style}m{line}\033[0m" if line else "" for line in text.split("\n"))
+    return f"\033[38;5;16;48;5;{SHADES[(distance - 2) % 8]}m{text}\033[0m"
 
 
 def stream(model, state, options, args):
     """Print the continuation of --prompt as it is accepted, until the text ends."""
     tokenizer = get_tokenizer(tokenizer_name(model, state))
     prompt = tokenizer.encode_ordinary(args.prompt)
-    room = model.gpt.config.block_size - len(prompt)
-    n = max(1, min(args.new_tokens, room))
+    n = max(1, min(args.new_tokens, model.gpt.config.block_size - len(prompt)))
     method = (args.methods or default_methods(model.offsets))[-1]
     decoder = Decoder(model, **options, **drafting(method, model.offsets))
-    color = sys.stdout and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    color = sys.stdout.isatty()
     utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # a token may end inside a character
     shown = 0
 
@@ -554,7 +556,8 @@ def stream(model, state, options, args):
                 print(paint(text, distance) if color else text, end="", flush=True)
         shown = end
     g = decoder.generate([prompt], n, tokenizer.eot_token, on_step=show)
-    print(utf8.decode(b"", final=True), flush=True)
+    show()
+    print(utf8.decode(b"", final=True))
     print(f"drafts {method}: {len(g.tokens[0])} tokens in {g.steps} steps, {g.tokens_per_step:.2f} "
           f"per step, {g.seconds:.1f} s", file=sys.stderr)
 
@@ -571,7 +574,7 @@ def main(argv=None):
     p.option("prompt", None, "stream the continuation of this text; a token's colour is the "
              "distance of its draft", metavar="TEXT")
     p.option("methods", None, "as in: 1,2,3,4 1,3,5,7 lookup; default: all that the offsets allow, "
-             "to stream: all offsets, or lookup without heads", nargs="+", metavar="OFFSETS")
+             "to stream: the last of them", nargs="+", metavar="OFFSETS")
     p.option("temperature", 1.0, "of sampled text")
     p.option("top-k", None, "sample among the k most probable tokens", type=int, least=1)
     p.option("top-p", 1.0, "sample among the best tokens of this probability")
@@ -602,7 +605,6 @@ def main(argv=None):
         for name in ("data", "prompts", "batch_size", "eager", "out"):
             require(getattr(args, name) == p.get_default(name),
                     f"--{name.replace('_', '-')} does not go with --prompt")
-        require(len(args.methods or [0]) == 1, "--prompt takes one of --methods")
         stream(model, state, options, args)
 
 

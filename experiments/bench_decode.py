@@ -77,41 +77,35 @@ def step_seconds(decoders, rounds):
 
 
 def latency_cases(args, vocab_size):
-    """What bench_latency measures: a list of (autotune, heads, method, draft_vocab, rows), NTP
-    first."""
-    cases = []
-    for autotune in sorted({False, args.autotune}):
-        plain = ["NTP", *(["lookup"] if "lookup" in args.methods else [])]
-        cases += [(autotune, "", method, None, 1) for method in plain]
-        cases += [(autotune, "", "NTP", None, rows) for rows in args.rows]
-        for kind, method in itertools.product(args.heads, args.methods):
-            if method not in ("NTP", "lookup"):
-                cases.append((autotune, kind, method, None, 1))
-                if kind == "sequential" and vocab_size > 2 * FEW:
-                    cases.append((autotune, kind, method, FEW, 1))
+    """What bench_latency measures: a list of (heads, method, draft_vocab, rows), NTP first."""
+    plain = ["NTP", *(["lookup"] if "lookup" in args.methods else [])]
+    cases = [("", method, None, 1) for method in plain]
+    cases += [("", "NTP", None, rows) for rows in args.rows]
+    for kind, method in itertools.product(args.heads, args.methods):
+        if method not in ("NTP", "lookup"):
+            cases.append((kind, method, None, 1))
+            if kind == "sequential" and vocab_size > 2 * FEW:
+                cases.append((kind, method, FEW, 1))
     return cases
 
 
-def bench_latency(gpt, args, options):
-    """-> a dict for each batch size and case; cost: in steps of NTP, autotuned or not like it"""
+def bench_latency(gpt, args, compile):
+    """-> a dict for each batch size and case; cost: in steps of NTP"""
     weight = gpt.lm_head.weight
     cases = latency_cases(args, len(weight))
     rows = []
     for batch in args.batches:
         decoders = []
-        for autotune, kind, method, few, n in progress_bar(cases, desc=f"prepare batch {batch}"):
+        for kind, method, few, n in progress_bar(cases, desc=f"prepare batch {batch}"):
             model = MultiTokenGPT(gpt, HeadsConfig(OFFSETS, sequential=kind == "sequential"))
             decoders.append(Decoder(
                 model.to(weight.device, weight.dtype).eval(), batch_size=batch, max_length=LENGTH,
-                draft_vocab=few and range(few), rows=n, **options | dict(autotune=autotune),
+                draft_vocab=few and range(few), rows=n, compile=compile,
                 **drafting(METHODS[method], OFFSETS)))
-        ntp = {}
         seconds = step_seconds(decoders, args.rounds)
-        for decoder, (autotune, kind, method, few, _), t in zip(decoders, cases, seconds):
-            ntp.setdefault(autotune, t)
-            rows.append(dict(batch=batch, autotune=autotune, heads=kind, method=method,
-                             draft_vocab=few or "all", rows=decoder.rows, ms=1e3 * t,
-                             cost=t / ntp[autotune]))
+        for decoder, (kind, method, few, _), t in zip(decoders, cases, seconds):
+            rows.append(dict(batch=batch, heads=kind, method=method, draft_vocab=few or "all",
+                             rows=decoder.rows, ms=1e3 * t, cost=t / seconds[0]))
     return rows
 
 
@@ -152,13 +146,13 @@ def ours_writes(decoder, prompt):
     return g.tokens[0], g.steps
 
 
-def bench_texts(model, prompts, args, options):
+def bench_texts(model, prompts, args, compile):
     """-> a dict for each method"""
     device = model.gpt.lm_head.weight.device
     theirs = transformers_model(model.gpt)
     writers = {"transformers": partial(theirs_writes, theirs),
                "transformers, lookup": partial(theirs_writes, theirs, prompt_lookup_num_tokens=8)}
-    if options["compile"]:
+    if compile:
         fast = transformers_model(model.gpt)
         fast.forward = torch.compile(fast.forward, dynamic=False)
         writers["transformers, compiled"] = partial(theirs_writes, fast,
@@ -167,7 +161,7 @@ def bench_texts(model, prompts, args, options):
         method = METHODS[name]
         if method == "lookup" or set(parse_offsets(method)) <= set(model.offsets):
             writers[name] = partial(ours_writes, Decoder(
-                model, max_length=LENGTH, **options, **drafting(method, model.offsets)))
+                model, max_length=LENGTH, compile=compile, **drafting(method, model.offsets)))
     seconds = {name: [] for name in writers}
     written = {name: [] for name in writers}
     for prompt in progress_bar(prompts[:1] + prompts * args.rounds, desc="write", unit="prompt"):
@@ -219,17 +213,17 @@ def bench(args):
     """Measure, print and write every part."""
     device = pick_device(args.device)
     names = [args.run] if args.run else [*SIZES][:3 if device.type == "cuda" else 2]
-    options = dict(compile=not args.eager and can_compile(device), autotune=args.autotune)
-    results = dict(environment=environment(device), args=vars(args), **options)
+    compile = not args.eager and can_compile(device)
+    results = dict(environment=environment(device), args=vars(args), compile=compile)
     for name in args.sizes or names:
         model, prompts = load(name, args, device)
         results[name] = {}
         for part in args.parts or ["latency" if name in SIZES else "texts"]:
             print(f"\n{part} of {name}, {args.dtype}", flush=True)
             if part == "latency":
-                rows = bench_latency(model.gpt, args, options)
+                rows = bench_latency(model.gpt, args, compile)
             else:
-                rows = bench_texts(model, prompts, args, options)
+                rows = bench_texts(model, prompts, args, compile)
             print_table(rows)
             results[name][part] = rows
             write_results(args.out, results)
@@ -254,8 +248,6 @@ def main(argv=None):
     p.option("device", "auto", "auto, cpu, cuda, cuda:1, mps")
     p.option("dtype", "float32", "of the weights", choices=["float32", "bfloat16"])
     p.option("eager", False, "do not torch.compile the step")
-    p.option("autotune", False, "on a CPU: latency also of autotuned steps, texts only with "
-             "them; half a minute more to compile each")
     p.option("out", None, "write the results as JSON, after every part", metavar="FILE")
     args = p.parse_args(argv)
     with one_line_errors("bench_decode.py"):
