@@ -383,7 +383,7 @@ def compile_step(decoder):
     # A step reads and writes the same tensors each time. So the program is kept together with them,
     # and torch.compile, which would collect and check them before every call, runs only once. What
     # it keeps of other decoders' steps is forgotten: it allows eight for a function's code.
-    torch._dynamo.reset_code(Decoder.step.__code__)
+    torch._dynamo.reset_code(decoder.step.__code__)
     with torch._inductor.config.patch(settings), onednn, torch.no_grad():
         torch.compile(decoder.step, backend=inductor, fullgraph=True, dynamic=False)()
     return captured(programs[0], decoder.device) if cuda else programs[0]
@@ -524,8 +524,8 @@ SHADES = (157, 121, 86, 81, 75, 105, 141, 177)  # 256-colour codes of distances 
 
 
 def paint(text, distance):
-    """A token's text for a terminal, coloured by the distance of its draft, if it was drafted. A
-    colour would go on beyond a line's end."""
+    """A token's text for a terminal, coloured by the distance of its draft, if it was drafted and
+    ends no line: the colour would go on in the next one."""
     if distance < 2 or "\n" in text:
         return text
     return f"\033[38;5;16;48;5;{SHADES[(distance - 2) % 8]}m{text}\033[0m"
