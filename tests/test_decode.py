@@ -1,7 +1,6 @@
 """Lesson 4: drafts are verified in blocks, looking back fills the holes, and the text cannot
-change.
-From the top: a model whose drafts can be foreseen, the text, the drafts, sampling, steps, the
-comparison, compiled steps, the command line."""
+change. From the top: a model whose drafts can be foreseen, the text, the drafts, sampling, steps,
+the comparison, compiled steps, the command line."""
 import itertools
 import json
 import math

@@ -187,8 +187,7 @@ def test_peak_memory_holds_one_heads_logits_however_many_heads_there_are(sequent
 @SEQUENTIAL
 @pytest.mark.parametrize("offsets", [(1,), (1, 3), (1, 2, 3, 4, 5, 7)])
 @torch.no_grad()
-def test_the_heads_run_together_and_block_by_block_as_one_by_one(
-        kind, whs, sequential, offsets):
+def test_the_heads_run_together_and_block_by_block_as_one_by_one(kind, whs, sequential, offsets):
     model = tiny_model(kind=kind, n_layer=2, whs=whs, sequential=sequential)
     idx = torch.randint(0, 31, (2, 12))
     vocab = torch.tensor([3, 1, 20])
