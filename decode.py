@@ -138,7 +138,7 @@ class Generation:
 class Decoder:
     """Generates text from a MultiTokenGPT. A decoder owns the memory of its texts, so it serves one
     thread. It uses the model's own weights where it can: make a new one after more training. Raises
-    InputError for offsets, lengths and ways of sampling that cannot be."""
+    InputError for offsets, lengths, temperatures and a top_p that cannot be."""
     model: MultiTokenGPT
     offsets: tuple = None       # those of the model's that may draft; (1,) is NTP, None means all
     batch_size: int = 1         # texts written at once
@@ -390,12 +390,14 @@ def compile_step(decoder):
 
 
 def linear(few, x, weight, bias=None):
-    """F.linear, for up to `few` rows of x (..., C) as loops: a library's call would take longer
-    than its arithmetic. They read the weight once more for each row."""
+    """F.linear: x (..., C), weight (V, C) -> (..., V). Up to `few` rows are done in loops, because
+    a library's call would take longer than its arithmetic. Loops read the weight for each row."""
     if x[..., 0].numel() > few:
         return F.linear(x, weight, bias)
+    # as_strided has Inductor store x, which each output would else compute anew. It must not be a
+    # part of a tensor: Inductor would take the whole one's beginning.
     x = x.clone(memory_format=torch.contiguous_format)
-    x = x.as_strided(x.shape, x.stride())  # stores x, or each output would compute it anew
+    x = x.as_strided(x.shape, x.stride())
     y = (x[..., None, :] * weight).sum(-1)
     return y if bias is None else y + bias
 
