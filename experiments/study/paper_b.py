@@ -6,13 +6,14 @@ from functools import partial
 import numpy as np
 import torch
 
-from common import can_compile, load_checkpoint, write_results
+from common import can_compile, write_results
 from decode import Decoder
 from experiments.bench_decode import step_seconds
 from experiments.study.paper_a import chosen, next_token, real_steps
 from experiments.study.runs import CONTEXT, CORPORA, PROMPT, chain_steps
 from experiments.trees import draft_ranks, grow, simulate
-from heads import draft_sources, step_begins
+from heads import HeadsConfig, MultiTokenGPT, draft_sources, step_begins
+from model import GPT, GPTConfig
 
 METHODS = {"MTP": (1, 2, 3, 4), "leap": (1, 3, 5, 7), "all": (1, 2, 3, 4, 5, 6, 7)}
 KINDS = ("independent", "sequential")
@@ -78,13 +79,13 @@ def leap(study, seed):
 
 
 def time_steps(study):
-    """Milliseconds of a step on one core, in turns, of heads on the model of Python: {"METHOD,
-    KIND"}. Nothing may run beside. -> step_ms.json"""
-    rows = leap(study, study.size.seeds[0])
+    """Milliseconds of a step on one core, in turns: {"METHOD, KIND"}. Random weights take as long
+    as others. Nothing may run beside. -> step_ms.json"""
+    config = GPTConfig(block_size=CONTEXT, **study.size.shape)
     decoders = {}
     for kind in KINDS:
-        run, _ = rows[f"python, {kind}"]
-        model, _ = load_checkpoint(run)
+        heads = HeadsConfig(METHODS["all"], sequential=kind == "sequential")
+        model = MultiTokenGPT(GPT(config), heads).eval()
         for method, offsets in ({"NTP": (1,)} | METHODS).items():
             decoders[f"{method}, {kind}"] = Decoder(
                 model, offsets, compile=can_compile(torch.device("cpu")))
