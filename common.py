@@ -16,7 +16,7 @@ from tqdm import tqdm
 from data.loader import Corpus
 from data.prepare import InputError, require
 from heads import HeadsConfig, MultiTokenGPT
-from model import GPT, GPT2_HEADS, GPTConfig, load_tensors
+from model import GPT, GPT2_N_HEAD, GPTConfig, load_tensors
 
 
 # ---- Devices, and what a measurement depends on ----------------------------------------------
@@ -60,8 +60,9 @@ def environment(device):
     """What a measurement depends on, for result files."""
     name = platform.machine()
     cpuinfo = Path("/proc/cpuinfo")  # what Linux calls the CPU
-    if cpuinfo.exists() and (found := re.search("model name.*: (.*)", cpuinfo.read_text())):
-        name = found[1]
+    pattern = r"cpu family\s*: (.*)\nmodel\s*: (.*)\nmodel name\s*: (.*)"
+    if cpuinfo.exists() and (found := re.search(pattern, cpuinfo.read_text())):
+        name = "{2} (family {0}, model {1})".format(*found.groups())
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     return dict(
@@ -207,7 +208,7 @@ def load_model(path):
     in eval mode, dict of a checkpoint's other state). Raises InputError."""
     path = Path(path)
     weights = path.suffix in (".safetensors", ".bin") or (path / "config.json").exists()
-    if weights or str(path) in GPT2_HEADS and not path.exists():
+    if weights or str(path) in GPT2_N_HEAD and not path.exists():
         gpt = GPT.from_pretrained(str(path))
         return MultiTokenGPT(gpt, HeadsConfig((1,))).eval(), {}
     model, state = load_checkpoint(path)

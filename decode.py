@@ -1,7 +1,7 @@
 """Decoding: write several tokens per forward pass, without changing the text.
 
     python decode.py runs/demo                          # compare NTP, MTP, leap and other methods
-    python decode.py runs/demo --prompt "def main("     # continue a text, coloured by source
+    python decode.py runs/demo --prompt "def main("     # continue a text, coloured by distance
 
 A model that predicts several tokens can be its own draft model (blockwise parallel decoding, Stern
 et al. 2018). Each step feeds a *block*: the last known token, the root, and a draft token for each
@@ -58,8 +58,8 @@ def generate_reference(model, prompt, max_new_tokens, offsets=None):
         while n < len(draft) and draft[n] == target[n]:
             n += 1
         text += draft[:n] + [target[n]]
-        # Draft what follows the bonus token, from the tokens before it. One after another,
-        # because a sequential head reads the draft before its own.
+        # Draft from the newest token that was read. It is the one before the bonus token, so that
+        # drafts begin at distance 2. One by one: a sequential head reads the draft before.
         newest = len(text) - 2
         draft = []
         for o, b in sources.values():
@@ -150,7 +150,7 @@ class Decoder:
     dtype: torch.dtype = None   # decode with a copy of the model in, say, torch.bfloat16
     compile: bool = False       # torch.compile the step, on CUDA replayed as one graph
     max_length: int = None      # of a text; None: the context (a smaller cache is faster)
-    rows: int = 1               # pad a block to so many tokens: equally long blocks round alike
+    rows: int = 1               # pad blocks to so many tokens: equally long ones round alike
     draft_vocab: list = None    # the only token ids that heads draft, such as the most frequent
     # ones: cheaper where the vocabulary is large, and still the same text (arXiv 2502.14856)
 
@@ -175,41 +175,42 @@ class Decoder:
         self.N = 1 + (self.lookup or len(sources))    # tokens of a block,
         self.rows = max(self.rows, self.N)            # and with its padding
         self.W = 1 + max(look_back, default=0)        # positions that draft
-        # The memory of B texts, of S slots each. The last block may overshoot the end. Attention
-        # likes multiples of 16, and on CPUs it is several times slower in 16 bits.
+        # The memory of B texts, of S slots each. The last block may overshoot the end, and
+        # attention likes multiples of 16.
         B = self.batch_size
         S = (self.max_length + self.rows + 15) // 16 * 16
         self.device = weight.device
-        kind = torch.float32 if self.device.type == "cpu" else weight.dtype
+        # On CPUs attention is several times slower in 16 bits.
+        cache_dtype = torch.float32 if self.device.type == "cpu" else weight.dtype
         with self.device:
             self.vocab = torch.arange(config.vocab_size)
             self.head_ids = self.vocab  # sorted, so that ties fall as without draft_vocab
             if self.draft_vocab is not None:
                 self.head_ids = torch.tensor(sorted(set(self.draft_vocab)))
-            self.heads = DraftHeads(self.model, self.offsets, self.head_ids)
+            self.draft_heads = DraftHeads(self.model, self.offsets, self.head_ids)
             self.source = torch.tensor([self.head_index, look_back])  # (2, N - 1)
             self.slot = torch.arange(S)                       # (S,)
-            self.row = torch.arange(B)[:, None]               # (B, 1): texts, not self.rows
-            self.noise_row = self.row.clone()                 # (B, 1) keys the sampling noise
+            self.text = torch.arange(B)[:, None]              # (B, 1)
+            self.noise_row = self.text.clone()                # (B, 1) keys the sampling noise
             self.tokens = torch.zeros(B, S).long()            # the texts, and drafts after them
-            self.distance = torch.zeros(B, S).long()          # as in Generation
+            self.distance = torch.zeros_like(self.tokens)     # as in Generation
             self.position = torch.zeros(B).long()             # of each last known token, the root
-            self.limit = torch.zeros(B).long()                # of each last wanted token
-            self.stops = torch.zeros(config.vocab_size) > 0   # which tokens end a text
-            self.cache = empty_cache(config, config.n_layer, B, S, kind, self.device)
+            self.limit = torch.zeros_like(self.position)      # of each last wanted token
+            self.stops = torch.zeros(config.vocab_size, dtype=torch.bool)  # which end a text
+            self.cache = empty_cache(config, config.n_layer, B, S, cache_dtype, self.device)
             self.head_caches = [
-                empty_cache(config, len(head.blocks), B, S, kind, self.device)
-                for head in self.heads.heads if self.heads.attending]
+                empty_cache(config, len(head.blocks), B, S, cache_dtype, self.device)
+                for head in self.draft_heads.heads if self.draft_heads.attending]
             # What each head computed at a position. Looking back reads it again.
-            width = config.n_embd * (3 if self.heads.sequential else 1)
+            width = config.n_embd * (3 if self.draft_heads.sequential else 1)
             self.z = torch.zeros(B, S, len(self.offsets) - 1, width, dtype=weight.dtype)
         self.run_step = compile_step(self) if self.compile else self.step
 
     def step(self):
         """One step of all texts. Nothing in it waits for the host, and all shapes are fixed."""
-        start = self.position.clone()  # (B,)
+        start = self.position.clone()  # (B,), because emit changes it
         position = start[:, None] + torch.arange(self.rows, device=self.device)  # (B, rows)
-        block = self.tokens[self.row, position]  # the root, its drafts, and any padding
+        block = self.tokens[self.text, position]  # the root, its drafts, and any padding
         # Verify: the target after each token of the block.
         h, for_heads = self.forward_block(block, position)  # (B, rows, C), (B, rows, ...)
         target = self.pick(self.model.gpt.lm_head(h), position + 1, self.vocab)
@@ -222,21 +223,21 @@ class Decoder:
 
     def forward_block(self, tokens, position):
         """Run tokens (B, T), at `position` (B or 1, T), through the GPT and through heads that
-        attend. -> the GPT's hidden states (B, T, C), and (B, T, ...) for DraftHeads.alone"""
-        slots = (position + len(self.slot) * self.row).flatten()
+        attend. -> the GPT's hidden states (B, T, C), and (B, T, ...) for DraftHeads.per_position"""
+        slots = (position + len(self.slot) * self.text).flatten()
         mask = causal_mask(position, self.slot, self.cache[0].dtype)
-        position = position.clamp(max=self.model.gpt.config.block_size - 1)
+        position = position.clamp(max=self.model.gpt.config.block_size - 1)  # if it overshoots
         stream = self.model.gpt.residual_stream(tokens, position, self.cache, slots, mask)
         h = self.model.read(stream)
-        return self.model.last_layer(h), self.heads.attend(h, self.head_caches, slots, mask)
+        return self.model.last_layer(h), self.draft_heads.attend(h, self.head_caches, slots, mask)
 
     def emit(self, target, position, n):
         """Append the first n (B,) + 1 targets (B, T) to the texts, at `position` (B, T). What lies
         beyond is overwritten by drafts and later steps."""
         i = torch.arange(target.shape[1], device=self.device)
         # Indices mean writing in place to torch.compile, and scatter_ a clone.
-        self.tokens[self.row, position] = target
-        self.distance[self.row, position] = torch.where(i < n[:, None], i + 2, 1)
+        self.tokens[self.text, position] = target
+        self.distance[self.text, position] = torch.where(i < n[:, None], i + 2, 1)
         stopped = self.stops[target] & (i <= n[:, None])
         end = torch.where(stopped, position, self.tokens.shape[1]).amin(1)
         self.limit.clamp_(max=end)
@@ -252,27 +253,27 @@ class Decoder:
             drafts = look_up(self.tokens, self.position, self.lookup)
         else:
             z = self.remember(h, start, n)  # (B, N - 1, C or 3C)
-            if self.heads.sequential:  # one after another: each reads the draft before
+            if self.draft_heads.sequential:  # one after another: each reads the draft before
                 previous = [self.tokens.gather(1, self.position[:, None])]  # the root
                 for j, i in enumerate(self.head_index):
-                    logits = self.heads.logits_after(z[:, j:j + 1], i, previous[-1])
+                    logits = self.draft_heads.logits_after(z[:, j:j + 1], i, previous[-1])
                     previous.append(self.pick(logits, after[:, j:j + 1], self.head_ids))
                 drafts = torch.cat(previous[1:], dim=1)
             else:
-                drafts = self.pick(self.heads.unembed(z), after, self.head_ids)
-        self.tokens[self.row, after] = drafts
+                drafts = self.pick(self.draft_heads.unembed(z), after, self.head_ids)
+        self.tokens[self.text, after] = drafts
 
     def remember(self, h, start, n):
         """Run the heads on h (see draft), keep what they compute -> z (B, N - 1, C or 3C) of the
         heads and positions that draft"""
-        # Only W positions draft. Where fewer tokens are new, the first of them is taken again.
+        # Only the last W positions draft. Where fewer tokens are new, i is 0 more than once.
         back = torch.arange(self.W, device=self.device)
         i = (n[:, None] - back).clamp(min=0)  # (B, W)
-        new = self.heads.alone(h[self.row, i])  # (B, W, H, C or 3C)
-        self.z[self.row, start[:, None] + i] = new
+        new = self.draft_heads.per_position(h[self.text, i])  # (B, W, H, C or 3C)
+        self.z[self.text, start[:, None] + i] = new
         heads, look_back = self.source
         newest = self.position[:, None] - 1  # looking back before the text finds zeros
-        return self.z[self.row, newest - look_back, heads]
+        return self.z[self.text, newest - look_back, heads]
 
     def pick(self, logits, position, vocab):
         """logits (B, n, K) of the tokens in vocab (K,), for `position` (B, n) -> tokens (B, n)"""
@@ -321,7 +322,7 @@ class Decoder:
         behind a shorter one is overwritten before anything sees it. Spare rows end at once."""
         for state in (self.position, self.limit, self.stops, self.z):
             state.zero_()
-        self.noise_row.copy_(self.row + first_row)
+        self.noise_row.copy_(self.text + first_row)
         if stop_token is not None:
             self.stops |= torch.isin(self.vocab, torch.tensor(stop_token, device=self.device))
         for i, prompt in enumerate(prompts):
@@ -355,19 +356,22 @@ def compile_step(decoder):
     float32, else oneDNN's (docs/performance.md)."""
     cuda = decoder.device.type == "cuda"
     weight = decoder.model.gpt.lm_head.weight
-    full = weight.dtype == torch.float32
+    float32 = weight.dtype == torch.float32
     large = weight.shape[1] >= 384
-    own = large and full and decoder.batch_size * decoder.rows <= 4  # Inductor's kernels
-    few = 9 if not large else 0 if full else 1  # rows of a product that are done in loops
-    settings = dict(
-        cpp_wrapper=True,    # C++ calls the kernels, not Python,
-        size_asserts=False,  # and does not check every shape again
-        freezing=large or not full,
-        max_autotune=own,
-        max_autotune_gemm_backends="CPP")
+    few = 9  # rows of a product that are done in loops
+    if large:
+        few = 0 if float32 else 1
     if cuda:
         settings = dict(realize_reads_threshold=1)  # the mask once, not anew in each layer
-    # With float32 Inductor takes MKL for large products, which is slow on AMD's CPUs.
+    else:
+        settings = dict(
+            cpp_wrapper=True,    # C++ calls the kernels, not Python,
+            size_asserts=False,  # and does not check every shape again
+            freezing=large or not float32,
+            max_autotune=large and float32 and decoder.batch_size * decoder.rows <= 4,
+            max_autotune_gemm_backends="CPP")  # the only choice: Inductor's own kernels
+    # Inductor would take MKL for large products in float32, which is slow on AMD's CPUs. "tf32" has
+    # it choose oneDNN. It holds while compiling: the program multiplies in float32.
     onednn = torch.backends.mkldnn.flags(True, None, None, "tf32" if large else "none")
     programs = []
 
@@ -392,10 +396,10 @@ def compile_step(decoder):
 def linear(few, x, weight, bias=None):
     """F.linear: x (..., C), weight (V, C) -> (..., V). Up to `few` rows are done in loops, because
     a library's call would take longer than its arithmetic. Loops read the weight for each row."""
-    if x[..., 0].numel() > few:
+    if x.shape[:-1].numel() > few:
         return F.linear(x, weight, bias)
-    # as_strided has Inductor store x, which each output would else compute anew. It must not be a
-    # part of a tensor: Inductor would take the whole one's beginning.
+    # Inductor would compute x anew for every output. as_strided has it store x first, but forgets
+    # where in a larger tensor x begins, so x is copied.
     x = x.clone(memory_format=torch.contiguous_format)
     x = x.as_strided(x.shape, x.stride())
     y = (x[..., None, :] * weight).sum(-1)
@@ -424,10 +428,11 @@ METHODS = {"1": "NTP", "lookup": "lookup", "1,2": "MTP", "1,2,3,4": "MTP", "1,3,
 
 
 def default_methods(offsets):
-    """Those of METHODS that these offsets allow, and last the one with all offsets, or lookup."""
+    """Those of METHODS that these offsets allow, and all offsets, if they are none of METHODS."""
     possible = [method for method in METHODS
                 if method == "lookup" or set(parse_offsets(method)) <= set(offsets)]
-    return list(dict.fromkeys([*possible, ",".join(map(str, offsets))]))
+    own = ",".join(map(str, offsets))
+    return possible if own in possible else [*possible, own]
 
 
 def drafting(method, offsets):
@@ -440,14 +445,14 @@ def drafting(method, offsets):
 
 def compare(decoders, prompts, new_tokens, rounds=5):
     """Time decoders {method: Decoder}, the first of which is the baseline, NTP, in turns on the
-    same prompts. -> a record per method, with medians over the rounds. "identical" compares with
-    the baseline's text; in 16 bits, where longer blocks round in another way, with what NTP writes
-    in blocks as long as the method's."""
+    same prompts. -> a record per method, with medians over the rounds. "step_cost" has a share of
+    the prefill. "identical" compares with the baseline's text; in 16 bits, where longer blocks
+    round in another way, with what NTP writes in blocks as long as the method's."""
     expected = {}
     runs = {method: [] for method in decoders}
     for method, decoder in progress_bar(decoders.items(), desc="prepare"):
         decoder.generate(prompts[:1], 1)  # first uses are slow
-        if decoder.rows > 1 and decoder.z.dtype != torch.float32:
+        if decoder.rows > 1 and decoder.model.gpt.lm_head.weight.dtype != torch.float32:
             ntp = replace(decoder, offsets=(1,), lookup=0)
             expected[method] = ntp.generate(prompts, new_tokens).tokens
     for method in progress_bar([*decoders] * rounds, desc="measure"):
@@ -489,9 +494,8 @@ def report(model, state, options, args):
     prompts = corpus.windows("val", args.prompts, length).tolist()
     device = model.gpt.lm_head.weight.device
     windows = corpus.windows("val", 32, context).to(device)
-    draftings = {}
-    for method in ["1", *(args.methods or default_methods(model.offsets))]:
-        draftings[method] = drafting(method, model.offsets)
+    methods = ["1", *(args.methods or default_methods(model.offsets))]
+    draftings = {method: drafting(method, model.offsets) for method in methods}
     options |= dict(batch_size=args.batch_size, max_length=length + n)
     Decoder(model, **options)  # errors come before the work
     options["compile"] = not args.eager and can_compile(device)
@@ -500,9 +504,8 @@ def report(model, state, options, args):
     results = dict(environment=environment(device), args=vars(args))
     for temperature in sorted({0.0, args.temperature}):
         options["temperature"] = temperature
-        decoders = {}
-        for method, sources in progress_bar(draftings.items(), desc="make decoders"):
-            decoders[method] = Decoder(model, **options, **sources)
+        bar = progress_bar(draftings.items(), desc="make decoders")
+        decoders = {method: Decoder(model, **options, **own) for method, own in bar}
         records = compare(decoders, prompts, n)
         title = f"sampled text, temperature {temperature:g}" if temperature else "greedy text"
         print(f"\n{title}")
@@ -511,8 +514,8 @@ def report(model, state, options, args):
         write_results(args.out, results)
     print(f"\nreal text, held out of {corpus.folder.name}: tokens per step")
     results["real text"] = {}
-    for method, sources in draftings.items():
-        accepted = accepted_drafts(model, windows=windows, **sources)
+    for method, own in draftings.items():
+        accepted = accepted_drafts(model, windows=windows, **own)
         begins = step_begins(accepted, length - 1)
         tokens_per_step = windows[:, length:].numel() / begins.sum().item()
         results["real text"][method] = tokens_per_step
@@ -552,9 +555,8 @@ def stream(model, state, options, args):
             distance = int(decoder.distance[0, i])
             if token < tokenizer.eot_token:
                 text = utf8.decode(tokenizer.decode_single_token_bytes(token))
-                text = "".join(
-                    c if c.isprintable() or c in "\n\t" else repr(c)[1:-1]
-                    for c in text)
+                text = "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1]
+                               for c in text)
                 print(paint(text, distance) if color else text, end="", flush=True)
         shown = end
     g = decoder.generate([prompt], n, tokenizer.eot_token, on_step=show)
@@ -597,11 +599,8 @@ def main(argv=None):
         device = pick_device(args.device)
         model, state = load_model(args.run)
         model = model.to(device, getattr(torch, args.dtype))
-        options = dict(
-            temperature=args.temperature,
-            top_k=args.top_k,
-            top_p=args.top_p,
-            seed=args.seed)
+        options = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
+                       seed=args.seed)
         if args.prompt is None:
             return report(model, state, options, args)
         for name in ("data", "prompts", "batch_size", "eager", "out"):

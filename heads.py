@@ -34,7 +34,7 @@ def parse_offsets(offsets, available=None):
     require(parsed[:1] == (1,) and list(parsed) == sorted(set(parsed)),
             f"offsets start with 1 and increase, as in 1,2,3,4; not {offsets}")
     missing = set(parsed) - set(available or parsed)
-    require(not missing, f"the model has no head for offset {missing}, only for {available}")
+    require(not missing, f"no head for offset {sorted(missing)}; the model has {available}")
     return parsed
 
 
@@ -59,17 +59,17 @@ def look_up(tokens, position, n_drafts, longest=3):
     """Prompt lookup, drafts without heads: what followed a text's newest tokens the last time.
 
     tokens (B, S) int64, a text up to `position` (B,) -> drafts (B, n_drafts). A longer match, of up
-    to `longest` tokens, is better than a later one. A match that is nearer than n_drafts goes round
-    in circles; without one, the newest token repeats."""
+    to `longest` tokens, is better than a later one. Where fewer than n_drafts tokens follow a
+    match, they are repeated; without a match the newest token is."""
     S = tokens.shape[1]
     slot = torch.arange(S, device=tokens.device)
     root = position[:, None]
-    same = slot < root  # (B, S)
-    score = torch.where(same, slot, -1)
+    match = slot < root  # (B, S): where a match may end
+    score = torch.where(match, slot, -1)
     for i in range(longest):
         newest = tokens.gather(1, (root - i).clamp(min=0))  # (B, 1)
-        same = same & (slot >= i) & (tokens.roll(i, 1) == newest)
-        score = score + S * same
+        match = match & (slot >= i) & (tokens.roll(i, 1) == newest)
+        score = score + S * match  # a token more counts more than any slot
     period = (root - score.argmax(1, keepdim=True)).clamp(min=1)  # (B, 1)
     i = torch.arange(n_drafts, device=tokens.device)
     return tokens.gather(1, root + 1 - period + i % period)
@@ -153,7 +153,7 @@ class TokenReader(nn.Module):
 
 class Head(nn.Module):
     """From the hidden states after x_1..x_t to those whose unembedding predicts x_{t+o}. At first
-    it adds nothing: an untrained head predicts the next token.
+    it adds nothing: an untrained head without WHS predicts the next token.
 
     With weighted hidden states (WHS, Mehra et al. 2025) it reads, instead of the last layer's, the
     sum of all layers' weighted by softmax(mix). So it can use what later layers drop."""
@@ -270,8 +270,8 @@ def joint_loss(model, idx, weights=None, backward=False):
 @torch.no_grad()
 def accepted_drafts(model, offsets, windows, lookup=0):
     """How many drafts a step would have accepted whose root, the last known token, is at each
-    position of real text: windows (n, T) int64 -> (n, T) int64, as far as the text goes. A draft
-    counts only if all before it do, so a sequential head may read the text itself."""
+    position of real text: windows (n, T) int64 -> (n, T) int64, near the end perhaps too many. A
+    draft counts only if all before it do, so a sequential head may read the text itself."""
     accepted = []
     for idx in windows:  # (T,), one by one, because logits are large
         if lookup:
@@ -285,7 +285,7 @@ def accepted_drafts(model, offsets, windows, lookup=0):
                 best[o] = logits[0].argmax(-1)
             drafts = []
             for o, b in draft_sources(offsets).values():
-                drafts.append(F.pad(best[o], (1 + b, -1 - b)))
+                drafts.append(F.pad(best[o], (1 + b, -1 - b)))  # position t - 1 - b, at root t
         n = torch.zeros_like(idx)
         for i, draft in enumerate(drafts):  # (T,) each: at root t, for token t + 1 + i
             n += (n == i) & (draft == idx.roll(-1 - i))
@@ -336,9 +336,9 @@ class DraftHeads:
         outputs = [head(h, cache, slots, mask) for head, cache in zip(self.heads, caches)]
         return torch.stack(outputs, dim=2)
 
-    def alone(self, h):
-        """What need be computed only where tokens are drafted: h (B, n, ...) from `attend` -> what
-        Head.forward returns, of every head, (B, n, H, C or 3C)"""
+    def per_position(self, h):
+        """The rest, only where tokens are drafted: h (B, n, ...) from `attend` -> what Head.forward
+        returns, of every head, (B, n, H, C or 3C)"""
         if self.attending:
             return h
 
@@ -347,6 +347,6 @@ class DraftHeads:
         return torch.vmap(run, out_dims=2)(self.stacked)
 
     def logits_after(self, z, i, previous):
-        """z (B, 1, 3C) from `alone`, of the i-th head; previous (B, n): the token before the one
-        that it drafts, or several in its place -> logits (B, n, K)"""
+        """z (B, 1, 3C) from `per_position`, of the i-th head; previous (B, n): the token before the
+        one that it drafts, or several in its place -> logits (B, n, K)"""
         return self.unembed(self.heads[i].reader(z, self.tables[i][previous]))

@@ -119,7 +119,7 @@ def evaluation_positions(corpus, block_size, horizon, n_windows, n_positions):
 
 def score(probs, target):
     """probs (..., V), target (...) -> whether the target is the most probable token; and its -log
-    p, p normalised"""
+    p, where p is divided by what the beam captured"""
     p = probs.gather(-1, target[..., None])[..., 0]
     return p == probs.amax(-1), -(p / probs.sum(-1)).log()
 

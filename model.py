@@ -15,9 +15,9 @@ import torch.nn.functional as F
 
 from data.prepare import InputError, require
 
-GPT2_HEADS = {"gpt2": 12, "gpt2-medium": 16, "gpt2-large": 20, "gpt2-xl": 25}
+GPT2_N_HEAD = {"gpt2": 12, "gpt2-medium": 16, "gpt2-large": 20, "gpt2-xl": 25}
 GPT2_URL = "https://huggingface.co/openai-community/{}/resolve/main/pytorch_model.bin"
-TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # as OpenAI stores a Linear
+TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # stored (in, out) by OpenAI
 
 
 @dataclass
@@ -150,8 +150,8 @@ class GPT(nn.Module):
     @classmethod
     def from_pretrained(cls, name_or_path):
         """A GPT in eval mode with the weights of a GPT-2: a folder that transformers wrote, a
-        .bin or .safetensors file beside its config.json, or a name in GPT2_HEADS (downloaded once).
-        What exists here comes first. Raises InputError. Never runs code from a file."""
+        .bin or .safetensors file beside its config.json, or a name in GPT2_N_HEAD (downloaded
+        once). What exists here comes first. Raises InputError. Never runs code from a file."""
         try:
             tensors, n_head = read_gpt2(name_or_path)
             tensors = {key.removeprefix("transformer."): t for key, t in tensors.items()}
@@ -207,8 +207,8 @@ def load_tensors(path):
 def read_gpt2(name_or_path):
     """What GPT.from_pretrained takes -> ({name: tensor}, n_head)."""
     path = Path(name_or_path)
-    if name_or_path in GPT2_HEADS and not path.exists():
-        return download_gpt2(name_or_path), GPT2_HEADS[name_or_path]
+    if name_or_path in GPT2_N_HEAD and not path.exists():
+        return download_gpt2(name_or_path), GPT2_N_HEAD[name_or_path]
     if path.is_dir():
         files = [path / "model.safetensors", path / "pytorch_model.bin"]
         path = next(filter(Path.is_file, files), None)

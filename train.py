@@ -126,9 +126,9 @@ def make_model(args, corpus):
         require(args.backbone_lr, "--backbone-lr 0 freezes an untrained backbone; --init gives one")
         gpt = GPT(GPTConfig(vocab_size=corpus.vocab_size, **shape))
         return MultiTokenGPT(gpt, config)
-    require(not shape, f"no {', '.join(shape)} with --init, whose model has its own")
+    require(not shape, f"the model of --init has its own {', '.join(shape)}")
     found, state = load_model(args.init)
-    corpus_of(args.init, found, state, corpus.folder)
+    corpus_of(args.init, found, state, corpus.folder)  # raises if it has other tokens
     model = MultiTokenGPT(found.gpt, config)
     if replace(found.heads_config, offsets=args.offsets) == config:
         model.load_state_dict(found.state_dict(), strict=False)  # of the offsets in both
@@ -282,8 +282,8 @@ def train(args, model=None, state=None):
 
 SHAPE = dict(n_layer="transformer layers", n_head="attention heads per layer", n_embd="width",
              block_size="context in tokens", dropout="dropout rate")
-RESUMED = {"steps", "lr", "warmup", "batch_size", "data", "eval_every", "eval_windows",
-           "log_every", "device", "dtype"}  # may change in a resumed run
+MAY_CHANGE = {"steps", "lr", "warmup", "batch_size", "data", "eval_every", "eval_windows",
+              "log_every", "device", "dtype"}  # in a resumed run
 
 
 def make_parser():
@@ -341,9 +341,9 @@ def check_args(args):
         args.dtype = "bfloat16" if has_native_bfloat16(device) else "float32"
     require(args.backbone_lr or not args.head_warmup,
             "--head-warmup changes nothing while the backbone is frozen")
-    both_train = args.backbone_lr and not args.head_warmup
-    require(both_train or args.offsets != (1,) and args.head_weight, "heads must train while the "
-            "backbone is frozen; give more --offsets and a --head-weight")
+    always_trains = args.backbone_lr and not args.head_warmup
+    require(always_trains or args.offsets != (1,) and args.head_weight, "heads must train while "
+            "the backbone is frozen; give more --offsets and a --head-weight")
 
 
 def resume(parser, argv, path):
@@ -361,7 +361,7 @@ def resume(parser, argv, path):
     check_args(args)
     state["changed"] = {name: value for name, value in vars(args).items()
                         if value != saved.get(name, value)}
-    for name in state["changed"].keys() - RESUMED:
+    for name in state["changed"].keys() - MAY_CHANGE:
         raise InputError(f"--{name.replace('_', '-')} does not go with --resume; another run would "
                          f"start with --init {path}")
     return args, model, state

@@ -83,7 +83,7 @@ class TreeDecoder(Decoder):
         self.groups = [[] for _ in sources]
         for i, node in enumerate(tree, 1):
             source = sources.index((node.offset - node.look_back, node.offset))
-            group = self.groups[source if self.heads.sequential else 0]
+            group = self.groups[source if self.draft_heads.sequential else 0]
             group.append((i, node.parent, source, node.rank))
         if compile:
             self.run_step = compile_step(self)
@@ -101,12 +101,12 @@ class TreeDecoder(Decoder):
         self.keep(start, path)
         after = start[:, None] + 1 + torch.arange(self.N, device=self.device)
         self.emit(target.gather(1, path), after, self.depth[best])
-        self.draft(for_heads[self.row, path], start, self.depth[best])
+        self.draft(for_heads[self.text, path], start, self.depth[best])
 
     def forward_tree(self, start):
         """Run the blocks as forward_block does: node i is cached in slot start + i, stands at
         start + its depth, and sees the text and its ancestors."""
-        root = start[:, None] + len(self.slot) * self.row
+        root = start[:, None] + len(self.slot) * self.text
         slots = (root + torch.arange(self.rows, device=self.device)).flatten()
         position = (start[:, None] + self.depth).clamp(max=self.model.gpt.config.block_size - 1)
         behind = self.slot - start[:, None]  # (B, S), the root's slot is 0
@@ -115,11 +115,11 @@ class TreeDecoder(Decoder):
         mask = torch.where(visible.transpose(0, 1)[:, None], 0, -torch.inf).to(self.cache[0].dtype)
         stream = self.model.gpt.residual_stream(self.block, position, self.cache, slots, mask)
         h = self.model.read(stream)
-        return self.model.last_layer(h), self.heads.attend(h, self.head_caches, slots, mask)
+        return self.model.last_layer(h), self.draft_heads.attend(h, self.head_caches, slots, mask)
 
     def keep(self, start, path):
         """Move the keys and values of the accepted path (B, D + 1) to where a text has them."""
-        root = start[:, None] + len(self.slot) * self.row
+        root = start[:, None] + len(self.slot) * self.text
         slots = (root + torch.arange(self.N, device=self.device)).flatten()
         for cache in sum(self.head_caches, self.cache):
             cache.index_copy_(0, slots, cache[(root + path).flatten()])
@@ -130,12 +130,12 @@ class TreeDecoder(Decoder):
         z = self.remember(h, start, n)  # (B, sources, C or 3C)
         for group in filter(None, self.groups):
             nodes, parents, sources, ranks = map(list, zip(*group))
-            if self.heads.sequential:
+            if self.draft_heads.sequential:
                 i = sources[0]
                 previous = self.block[:, parents]
-                logits = self.heads.logits_after(z[:, i:i + 1], self.head_index[i], previous)
+                logits = self.draft_heads.logits_after(z[:, i:i + 1], self.head_index[i], previous)
             else:
-                logits = self.heads.unembed(z)[:, sources]
+                logits = self.draft_heads.unembed(z)[:, sources]
             after = self.position[:, None] + self.depth[nodes]
             scores = self.scores(logits, after, self.head_ids)  # (B, nodes, K)
             tokens = scores.topk(max(ranks) + 1).indices[:, range(len(nodes)), ranks]

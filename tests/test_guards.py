@@ -245,7 +245,7 @@ def test_what_would_be_another_run_is_not_resumed(run_folder, corpus, tmp_path):
     assert_one_line_error(result, "gpt2")  # 31 token ids cannot be bytes
     result = command("train.py", "--init", run_folder, "--data", corpus, "--n-layer", 2,
                      "--dropout", 0)
-    assert_one_line_error(result, "no n_layer, dropout with --init")
+    assert_one_line_error(result, "the model of --init has its own n_layer, dropout")
 
 
 # ---- Decoding, marginalisation ---------------------------------------------------------------

@@ -200,7 +200,7 @@ def test_the_heads_run_together_and_block_by_block_as_one_by_one(kind, whs, sequ
         mask = causal_mask(position, torch.arange(16), torch.float32)
         parts.append(run.attend(h[:, position[0]], caches, slots.flatten(), mask))
     expected = model(idx)
-    z = run.alone(torch.cat(parts, dim=1)) if run.heads else None
+    z = run.per_position(torch.cat(parts, dim=1)) if run.heads else None
     for i, o in enumerate(offsets[1:]):
         for t in range(12 - o):
             if sequential:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from conftest import tiny_gpt
-from model import GPT, GPT2_HEADS, GPTConfig, InputError, causal_mask, empty_cache
+from model import GPT, GPT2_N_HEAD, GPTConfig, InputError, causal_mask, empty_cache
 
 SHAPES = [dict(n_layer=2, n_head=2, n_embd=32, vocab_size=50, n_positions=40),
           dict(n_layer=1, n_head=8, n_embd=64, vocab_size=257, n_positions=33)]
@@ -142,7 +142,7 @@ def server(monkeypatch, tmp_path):
     folder = tmp_path / "server" / "gpt2"
     folder.mkdir(parents=True)
     monkeypatch.setattr("model.GPT2_URL", tmp_path.as_uri() + "/server/{}/pytorch_model.bin")
-    monkeypatch.setitem(GPT2_HEADS, "gpt2", 2)
+    monkeypatch.setitem(GPT2_N_HEAD, "gpt2", 2)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     return gpt, save_gpt2(gpt, folder)

@@ -1,7 +1,7 @@
 """The study: both papers' claims, tried on models that are small enough to train on a laptop.
 
     python experiments/study/study.py --size quick   # 15 to 20 minutes on 2 CPU cores, no verdicts
-    python experiments/study/study.py                # all of it: 2 hours
+    python experiments/study/study.py                # all of it: 1 h 45
     python experiments/study/report.py               # then: the table and figures of the page
 
 Parts and seeds run side by side, with one thread each. A part trains what it asks about and then
@@ -96,7 +96,7 @@ def main(argv=None):
     """Bad input is one line and status 2."""
     p = Parser(prog="study.py", description="Try both papers' claims on small models. It can be "
                "stopped at any time; the same command goes on.")
-    p.option("size", "full", "quick: 15 to 20 minutes on 2 cores; full: 2 hours", choices=[*SIZES])
+    p.option("size", "full", "quick: 15 to 20 minutes on 2 cores; full: 1 h 45", choices=[*SIZES])
     p.option("jobs", os.cpu_count(), "processes side by side", least=1)
     p.option("folder", None, "for the runs; default: runs/study-SIZE")
     p.option("out", None, "default: experiments/results/study_SIZE.json", metavar="FILE")
