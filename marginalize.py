@@ -63,12 +63,12 @@ def look_ahead(gpt, idx, position, horizon, branches):
     text, *levels = slot.split([T, *(P * n for n in width)])  # of the text, of each depth
     cache = empty_cache(config, config.n_layer, B, S, gpt.lm_head.weight.dtype, idx.device)
 
-    def forward(tokens, position, own, visible):
-        """Tokens (B, N) at `position` (B, N), cached in the slots own (N,), each of which sees the
-        slots in visible (B, N, S) bool -> hidden states (B, N, C)"""
+    def forward(tokens, at, own, visible):
+        """Tokens (B, N) that stand `at` (B, N), cached in the slots own (N,), each of which sees
+        the slots in visible (B, N, S) bool -> hidden states (B, N, C)"""
         row = S * torch.arange(B, device=idx.device)[:, None]
         slots = (row + own).flatten()
-        return gpt.hidden_states(tokens, position, cache, slots, visible[:, None])
+        return gpt.hidden_states(tokens, at, cache, slots, visible[:, None])
 
     causal = slot <= text[:, None]  # (T, S)
     h = forward(idx, text.expand(B, T), text, causal.expand(B, T, S))

@@ -52,15 +52,15 @@ def drafts(model, text):
 def written_text(model, text, n_prompts):
     """The steps in which prompts are continued, by the prompt's file, {"METHOD, T=..."}; and how
     many there are, {"prompts"}."""
-    chosen = torch.zeros(len(text.windows))
-    chosen[::max(1, len(text.windows) // n_prompts)] = 1
-    prompts = text.windows[chosen > 0, :PROMPT].tolist()
-    found = {"prompts": text.by_file(chosen)}
+    asked = torch.zeros(len(text.windows))
+    asked[::max(1, len(text.windows) // n_prompts)] = 1
+    prompts = text.windows[asked > 0, :PROMPT].tolist()
+    found = {"prompts": text.by_file(asked)}
     for method, temperature in itertools.product(METHODS, (0.0, 0.5, 1.0)):
         decoder = Decoder(model, METHODS[method], len(prompts), temperature=temperature)
         g = decoder.generate(prompts, NEW)
-        steps = torch.zeros(len(chosen))  # a step ends with a bonus token, or with the text
-        steps[chosen > 0] = torch.tensor(
+        steps = torch.zeros(len(asked))  # a step ends with a bonus token, or with the text
+        steps[asked > 0] = torch.tensor(
             [float(row.count(1) + (row[-1] != 1)) for row in g.distances])
         found[f"{method}, T={temperature:g}"] = text.by_file(steps)
     return found
