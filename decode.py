@@ -396,7 +396,7 @@ def compile_step(decoder):
 def linear(few, x, weight, bias=None):
     """F.linear: x (..., C), weight (V, C) -> (..., V). Up to `few` rows are done in loops, because
     a library's call would take longer than its arithmetic. Loops read the weight for each row."""
-    if x.shape[:-1].numel() > few:
+    if x[..., 0].numel() > few:
         return F.linear(x, weight, bias)
     # Inductor would compute x anew for every output. as_strided has it store x first, but forgets
     # where in a larger tensor x begins, so x is copied.
@@ -458,7 +458,7 @@ def compare(decoders, prompts, new_tokens, rounds=5):
     for method in progress_bar([*decoders] * rounds, desc="measure"):
         runs[method].append(decoders[method].generate(prompts, new_tokens))
     records = []
-    baseline = next(iter(runs.values()))
+    baseline, *_ = runs.values()
     for method, found in runs.items():
         g = found[0]
         speedup = statistics.median(a.seconds / b.seconds for a, b in zip(baseline, found))
