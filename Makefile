@@ -1,6 +1,7 @@
 # make demo   train a small model on the Python standard library's source, then compare ways of decoding
 # make test   run the tests that are lessons; make test-all also runs the slow ones, which only guard
-# Each makes its own virtual environment in .venv; PYTHON=python3.12 and PIP_FLAGS=... can be given.
+# make clean  delete the virtual environment and all runs
+# The first two make .venv, their virtual environment; PYTHON=python3.12 and PIP_FLAGS=... can be given.
 # VEC_ISA_OK lets torch.compile trust what the CPU says of itself: its test programs for every
 # instruction set take up to 15 seconds. TORCH is the newest PyTorch that both commands were timed with.
 
@@ -28,6 +29,7 @@ test-all: .venv/installed-test
 	$(PY) -m pytest
 
 .venv/installed: pyproject.toml
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'Python 3.10 or newer: make PYTHON=...')"
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install --disable-pip-version-check $(PIP_FLAGS) -e . $(TORCH)
 	@touch $@

@@ -145,14 +145,16 @@ def progress_bar(iterable=None, show=True, **options):
 def check_output(path):
     """Raise InputError, before the work, if the file of results cannot be written."""
     if path:
-        folder = Path(path).parent
-        require(folder.is_dir() and os.access(folder, os.W_OK) and not Path(path).is_dir(),
-                f"{path} cannot be written: it is a folder, or its folder is missing or read-only")
+        path = Path(path)
+        replaceable = path.is_file() or not path.exists()  # a device is not
+        require(path.parent.is_dir() and os.access(path.parent, os.W_OK) and replaceable,
+                f"{path} cannot be written: it is no file, or its folder is missing or read-only")
 
 
 @contextmanager
 def atomic_write(path):
     """A binary file to write, which at every moment is either the old one or the whole new one."""
+    path = Path(path).resolve()  # a link stays
     part = Path(f"{path}.part")
     try:
         with open(part, "wb") as f:

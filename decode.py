@@ -65,7 +65,7 @@ def generate_reference(model, prompt, max_new_tokens, offsets=None):
         for o, b in sources.values():
             if len(text) + len(draft) < end - 1:  # a bonus token follows the last
                 logits = model(torch.tensor([text + draft]))[o]
-                draft.append(int(logits[0, newest - b].argmax()))
+                draft.append(int(logits[0, max(0, newest - b)].argmax()))
     return text[len(prompt):]
 
 
@@ -196,7 +196,7 @@ class Decoder:
             self.distance = torch.zeros_like(self.tokens)     # as in Generation
             self.position = torch.zeros(B).long()             # of each last known token, the root
             self.limit = torch.zeros_like(self.position)      # of each last wanted token
-            self.stops = torch.zeros(config.vocab_size, dtype=torch.bool)  # which end a text
+            self.stops = torch.zeros(config.vocab_size) > 0   # which tokens end a text
             self.cache = empty_cache(config, config.n_layer, B, S, cache_dtype, self.device)
             self.head_caches = [
                 empty_cache(config, len(head.blocks), B, S, cache_dtype, self.device)

@@ -130,7 +130,7 @@ FEW = [30, 3, 7, 11, 12]
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_reference_emits_the_text_of_plain_decoding(kind):
-    texts = [generate_reference(tiny_model(**kind), p, 30, (1, 3, 5, 7)) for p in PROMPTS]
+    texts = [generate_reference(tiny_model(**kind), p, 30, (1, 7)) for p in PROMPTS]
     assert texts == plain_text(0.0)
 
 
