@@ -264,7 +264,7 @@ def test_a_prompt_that_cannot_be_continued_raises_an_error(prompts, new_tokens, 
         ("--methods 1,6", "no head"), ("--methods one", "offsets"), ("--data no/such", "no/such"),
         ("--temperature -1", "temperature"), ("--top-p 3", "top_p"), ("--device hpu", "hpu"),
         ("--prompts 0", "--prompts"), ("--new-tokens abc", "--new-tokens"), ("--prompt=", "empty"),
-        ("--out no/such/x.json", "no/such"), ("--out tests", "folder"), ("--out /dev/fd/1", "file"),
+        ("--out no/such/x.json", "no/such"), ("--out tests", "folder"), ("--out /dev/full", "file"),
         ("--nonsense", "--nonsense"), ("--prompt " + 32 * "x", "32 prompt tokens")]),
     *(("decode.py", f"--prompt x --{option}", f"--{option.split()[0]} does not go with --prompt")
       for option in ("data x", "prompts 2", "batch-size 2", "eager", "out x.json")),
