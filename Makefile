@@ -29,7 +29,7 @@ test-all: .venv/installed-test
 	$(PY) -m pytest
 
 .venv/installed: pyproject.toml
-	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'Python 3.10 or newer: make PYTHON=...')"
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'needs Python 3.10 or newer; name one with PYTHON=...')"
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install --disable-pip-version-check $(PIP_FLAGS) -e . $(TORCH)
 	@touch $@

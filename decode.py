@@ -58,8 +58,8 @@ def generate_reference(model, prompt, max_new_tokens, offsets=None):
         while n < len(draft) and draft[n] == target[n]:
             n += 1
         text += draft[:n] + [target[n]]
-        # Draft from the newest token that was read. It is the one before the bonus token, so that
-        # drafts begin at distance 2. One by one: a sequential head reads the draft before.
+        # Draft from the newest token read, the one before the bonus token: from distance 2 on. One
+        # by one: a sequential head reads the draft before. Looking back ends at the first token.
         newest = len(text) - 2
         draft = []
         for o, b in sources.values():
@@ -190,7 +190,7 @@ class Decoder:
             self.draft_heads = DraftHeads(self.model, self.offsets, self.head_ids)
             self.source = torch.tensor([self.head_index, look_back])  # (2, N - 1)
             self.slot = torch.arange(S)                       # (S,)
-            self.text = torch.arange(B)[:, None]              # (B, 1)
+            self.text = torch.arange(B)[:, None]              # (B, 1) numbers the texts
             self.noise_row = self.text.clone()                # (B, 1) keys the sampling noise
             self.tokens = torch.zeros(B, S).long()            # the texts, and drafts after them
             self.distance = torch.zeros_like(self.tokens)     # as in Generation
